@@ -1,0 +1,184 @@
+// Backward of attend: five products per tile of rows and 64 keys, with the probabilities recomputed
+// from the merged lse (P = exp(S - lse)) and delta = sum(dout * out) - dlse, so that merge needs no
+// backward.
+//
+// dk and dv of a chunk of keys accumulate over the rows of the item; dq is a partial per (row,
+// slot).
+#include "gemm.h"
+#include "level.h"
+#include "rows.h"
+
+namespace moba {
+namespace MOBA_ISA {
+
+// to[m][0 .. width) += sum_r a_t[m][r] * b[r][0 .. width), columns along lanes.
+static inline void add_outer(float* to, const float* a_t, int64_t keys, int64_t rows,
+                             const float* b, int64_t width) {
+  const auto columns = [&](auto vectors, int64_t d) {
+    constexpr int kN = decltype(vectors)::value;
+    gemm<kN, Layout::kRowMajor>(keys, rows, a_t, rows, b + d, width,
+                                [&](int64_t m, int n, f32v sum) {
+                                  float* x = to + m * width + d + n * kLanes;
+                                  store(x, load<f32v>(x) + sum);
+                                });
+  };
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) columns(Vectors<4>{}, d);
+  for (; d + 2 * kLanes <= width; d += 2 * kLanes) columns(Vectors<2>{}, d);
+  for (; d < width; d += kLanes) columns(Vectors<1>{}, d);
+}
+
+template <typename T, int N>
+static void attend_backward_tile(const AttendBackwardParams& params, const RowTile& tile,
+                                 const float* k, const float* v, int64_t chunk_begin,
+                                 int64_t chunk_size, float* dk, float* dv, float* scratch) {
+  constexpr int64_t kLanesTotal = N * kLanes;
+  const Problem& problem = params.problem;
+  const int64_t head_dim = problem.head_dim, width = padded(head_dim);
+  float* const q = scratch;                    // [rows, width]
+  float* const dout = q + kRows * width;       // [rows, width]
+  float* const q_t = dout + kRows * width;     // [width, rows]
+  float* const dout_t = q_t + kRows * width;   // [width, rows]
+  float* const dq_t = dout_t + kRows * width;  // [width, rows]
+  float* const p_t = dq_t + kRows * width;     // [kKeyTile, rows]
+  float* const ds_t = p_t + kRows * kKeyTile;  // [kKeyTile, rows]
+
+  int32_t least = INT32_MAX, most = 0;
+  float lse_row[kLanesTotal], delta_row[kLanesTotal];
+  for (int64_t i = 0; i < kLanesTotal; ++i) {
+    // A lane without a row has lse +inf: its probabilities, and all that it adds, are zero.
+    lse_row[i] = kInf;
+    delta_row[i] = 0.0f;
+    if (i >= tile.count) continue;
+    const int64_t at = tile.head[i] * problem.tokens_q + tile.query[i];
+    lse_row[i] = params.lse[at];
+    delta_row[i] = params.delta[at];
+    least = tile.limit[i] < least ? tile.limit[i] : least;
+    most = tile.limit[i] > most ? tile.limit[i] : most;
+  }
+  const int64_t end = most - chunk_begin < chunk_size ? most - chunk_begin : chunk_size;
+  if (end <= 0) return;
+  i32v limit[N];
+  f32v lse[N], delta[N];
+  for (int n = 0; n < N; ++n) {
+    limit[n] = load<i32v>(tile.limit + n * kLanes) - static_cast<int32_t>(chunk_begin);
+    lse[n] = load<f32v>(lse_row + n * kLanes);
+    delta[n] = load<f32v>(delta_row + n * kLanes);
+  }
+  gather_rows<T>(q, width, params.q, tile, kLanesTotal, head_dim);
+  gather_rows<T>(dout, width, params.dout, tile, kLanesTotal, head_dim);
+  transpose(q_t, kLanesTotal, q, width, kLanesTotal, width);
+  transpose(dout_t, kLanesTotal, dout, width, kLanesTotal, width);
+  std::memset(dq_t, 0, kLanesTotal * width * sizeof(float));
+
+  const f32v scale = splat(params.softmax_scale);
+  for (int64_t begin = 0; begin < end; begin += kKeyTile) {
+    const int64_t keys = end - begin < kKeyTile ? end - begin : kKeyTile;
+    const bool masked = begin + keys > least - chunk_begin;
+    gemm<N, Layout::kRowMajor>(keys, head_dim, k + begin * width, width, q_t, kLanesTotal,
+                               [&](int64_t m, int n, f32v sum) {
+                                 f32v p = exp_vec(sum * scale - lse[n]);
+                                 if (masked)
+                                   p = limit[n] > static_cast<int32_t>(begin + m) ? p : f32v{};
+                                 store(p_t + m * kLanesTotal + n * kLanes, p);
+                               });
+    gemm<N, Layout::kRowMajor>(keys, head_dim, v + begin * width, width, dout_t, kLanesTotal,
+                               [&](int64_t m, int n, f32v sum) {
+                                 const int64_t at = m * kLanesTotal + n * kLanes;
+                                 f32v ds = load<f32v>(p_t + at) * (sum - delta[n]);
+                                 if (masked)
+                                   ds = limit[n] > static_cast<int32_t>(begin + m) ? ds : f32v{};
+                                 store(ds_t + at, ds);
+                               });
+    add_outer(dv + begin * width, p_t, keys, kLanesTotal, dout, width);
+    gemm<N, Layout::kColMajor>(head_dim, keys, k + begin * width, width, ds_t, kLanesTotal,
+                               [&](int64_t m, int n, f32v sum) {
+                                 float* x = dq_t + m * kLanesTotal + n * kLanes;
+                                 store(x, load<f32v>(x) + sum);
+                               });
+    add_outer(dk + begin * width, ds_t, keys, kLanesTotal, q, width);
+  }
+  transpose(q, width, dq_t, kLanesTotal, width, kLanesTotal);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    float* to = params.partial_dq + tile.slot[i] * width;
+    for (int64_t d = 0; d < width; d += kLanes) {
+      f32v x = load<f32v>(q + i * width + d);
+      if (chunk_begin > 0) x += load<f32v>(to + d);
+      store(to + d, x);
+    }
+  }
+}
+
+void attend_backward(const AttendBackwardParams& params, const BlockRows& rows, int64_t chunk_begin,
+                     float* dk, float* dv, float* scratch) {
+  with_dtype(params.problem.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Problem& problem = params.problem;
+    const int64_t width = padded(problem.head_dim),
+                  chunk = chunk_keys(problem.block_size, problem.head_dim);
+    const int64_t keys = visible_keys(problem, rows) - chunk_begin;
+    const int64_t size = keys < chunk ? keys : chunk;
+    float* const k = scratch;
+    float* const v = k + chunk * width;
+    float* const rest = v + chunk * width;
+    pack_keys<T>(k, width, params.k, rows.block.key_begin + chunk_begin, size, rows.head_k,
+                 problem.head_dim);
+    pack_keys<T>(v, width, params.v, rows.block.key_begin + chunk_begin, size, rows.head_k,
+                 problem.head_dim);
+    std::memset(dk, 0, size * width * sizeof(float));
+    std::memset(dv, 0, size * width * sizeof(float));
+    RowTile tile;
+    for (int64_t first = rows.first; first < rows.last; first += kRows) {
+      const int64_t count = rows.last - first < kRows ? rows.last - first : kRows;
+      fill_tile(tile, problem, rows, first, count);
+      if (count <= kLanes) {
+        attend_backward_tile<T, 1>(params, tile, k, v, chunk_begin, size, dk, dv, rest);
+      } else if (count <= 2 * kLanes) {
+        attend_backward_tile<T, 2>(params, tile, k, v, chunk_begin, size, dk, dv, rest);
+      } else {
+        attend_backward_tile<T, 3>(params, tile, k, v, chunk_begin, size, dk, dv, rest);
+      }
+    }
+  });
+}
+
+void delta(const Problem& problem, const Rows& out, const Rows& dout, const float* dlse,
+           int64_t first, int64_t last, float* delta) {
+  with_dtype(problem.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t query = first; query < last; ++query) {
+      for (int64_t head = 0; head < problem.heads_q; ++head) {
+        const T* a = row_pointer<T>(out, query, head);
+        const T* b = row_pointer<T>(dout, query, head);
+        f32v sum = {};
+        int64_t d = 0;
+        for (; d + kLanes <= problem.head_dim; d += kLanes)
+          sum += Convert<T>::load(a + d) * Convert<T>::load(b + d);
+        if (d < problem.head_dim)
+          sum += load_part(a + d, problem.head_dim - d) * load_part(b + d, problem.head_dim - d);
+        float total = 0.0f;
+        for (int i = 0; i < kLanes; ++i) total += sum[i];
+        const int64_t at = head * problem.tokens_q + query;
+        delta[at] = total - (dlse == nullptr ? 0.0f : dlse[at]);
+      }
+    }
+  });
+}
+
+void store_keys(const Problem& problem, const float* from, int64_t head_k, int64_t key_begin,
+                int64_t count, float scale, void* to) {
+  with_dtype(problem.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t head_dim = problem.head_dim, width = padded(head_dim);
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = static_cast<T*>(to) + ((key_begin + i) * problem.heads_k + head_k) * head_dim;
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        const f32v x = load<f32v>(from + i * width + d) * scale;
+        store_upto(row + d, x, head_dim - d);
+      }
+    }
+  });
+}
+
+}  // namespace MOBA_ISA
+}  // namespace moba

@@ -1,0 +1,254 @@
+// Vectors of floats for one instruction-set level, and what the kernels do with them.
+//
+// Every .cpp file of this folder is compiled once per level (MOBA_ISA names it), each time into its
+// own namespace. Nothing here may have external linkage under a name that levels share: the linker
+// would keep one copy, and a machine without AVX-512 would run AVX-512 code. So: no std::
+// templates.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../../params.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace moba {
+namespace MOBA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+constexpr int kTileN = 3;               // vectors of a full row tile
+constexpr int kRows = kTileN * kLanes;  // rows that are processed together, one per lane
+
+static_assert(kPad % kLanes == 0, "padded rows are whole vectors");
+static_assert(kRows <= kMaxRows, "the planner sizes scratch by kMaxRows");
+
+using f32v = float __attribute__((vector_size(kLanes * 4)));
+using i32v = int32_t __attribute__((vector_size(kLanes * 4)));
+using u32v = uint32_t __attribute__((vector_size(kLanes * 4)));
+using u16v = uint16_t __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kInf = __builtin_inff();
+
+template <typename V>
+static inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V>
+static inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+static inline f32v splat(float x) { return f32v{} + x; }
+static inline i32v splat(int32_t x) { return i32v{} + x; }
+
+static inline i32v as_i32(f32v x) { return (i32v)x; }
+static inline f32v as_f32(i32v x) { return (f32v)x; }
+
+static inline bool any(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
+// The larger one; b where a is NaN, so a running maximum passes over NaN.
+static inline f32v max_number(f32v a, f32v b) { return a > b ? a : b; }
+
+// e^x for x < 88, relative error 2e-7 + 6e-8 * |x|; 0 below 2^-126; NaN stays NaN. 2^f by a
+// degree-5 minimax polynomial with p(0) = 1.
+static inline f32v exp_vec(f32v x) {
+  const f32v low = splat(-126.0f),
+             magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer
+  const f32v z = x * kLog2e;
+  const f32v y = z < low ? low : z;
+  const f32v t = y + magic;
+  const f32v f = y - (t - magic);  // -0.5 .. 0.5
+  f32v p = splat(1.32647272e-3f);
+  p = p * f + 9.67151281e-3f;
+  p = p * f + 5.55073374e-2f;
+  p = p * f + 2.40222421e-1f;
+  p = p * f + 6.93146978e-1f;
+  p = p * f + 1.0f;
+  f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
+  r = z < low ? f32v{} : r;
+  return x == x ? r : x;
+}
+
+// Storage types. A float of either 16-bit format is rounded to nearest even, once, on store.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// Calls f with a value of the storage type of `dtype`.
+template <typename F>
+static inline void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(bfloat16{});
+    case DType::kFloat16: return f(float16{});
+  }
+}
+
+template <typename T>
+struct Convert;
+
+template <>
+struct Convert<float> {
+  static f32v load(const float* p) { return MOBA_ISA::load<f32v>(p); }
+  static void store(float* p, f32v x) { MOBA_ISA::store(p, x); }
+};
+
+template <>
+struct Convert<bfloat16> {
+  static f32v load(const bfloat16* p) {
+    return (f32v)(__builtin_convertvector(MOBA_ISA::load<u16v>(p), u32v) << 16);
+  }
+  static void store(bfloat16* p, f32v x) {
+    const u32v u = (u32v)x;
+    u32v r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    r = x == x ? r : (u >> 16 | 0x40);
+    MOBA_ISA::store(p, __builtin_convertvector(r, u16v));
+  }
+};
+
+template <>
+struct Convert<float16> {
+  static f32v load(const float16* p) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtph_ps((__m256i)MOBA_ISA::load<u16v>(p));
+#elif defined(__F16C__)
+    return (f32v)_mm256_cvtph_ps((__m128i)MOBA_ISA::load<u16v>(p));
+#else
+    const u32v u = __builtin_convertvector(MOBA_ISA::load<u16v>(p), u32v);
+    const u32v magnitude = (u & 0x7fff) << 13;
+    const f32v scaled =
+        (f32v)magnitude * 5.192296858534828e33f;  // 2^112 restores the exponent bias
+    const u32v r = magnitude < (0x7c00u << 13) ? (u32v)scaled : (magnitude | 0x7f800000u);
+    return (f32v)(r | (u & 0x8000) << 16);
+#endif
+  }
+  static void store(float16* p, f32v x) {
+#if defined(__AVX512F__)
+    MOBA_ISA::store(p, (u16v)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    MOBA_ISA::store(p, (u16v)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const u32v u = (u32v)x, magnitude = u & 0x7fffffffu;
+    // Normal numbers: rebias and round. Subnormal ones: adding 0.5 leaves them, rounded, in the low
+    // bits.
+    const u32v normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const u32v tiny = (u32v)((f32v)magnitude + 0.5f) - 0x3f000000u;
+    u32v r = magnitude < 0x38800000u ? tiny : normal;
+    r = magnitude < 0x477ff000u ? r : u32v{} + 0x7c00u;
+    r = magnitude > 0x7f800000u ? u32v{} + 0x7e00u : r;
+    MOBA_ISA::store(p, __builtin_convertvector(r | (u >> 16 & 0x8000), u16v));
+#endif
+  }
+};
+
+// The first n < kLanes elements; missing ones read as zero.
+template <typename T>
+static inline f32v load_part(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return Convert<T>::load(buffer);
+}
+
+template <typename T>
+static inline void store_part(T* p, f32v x, int64_t n) {
+  T buffer[kLanes];
+  Convert<T>::store(buffer, x);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// Stores a whole vector, or the first n elements where n < kLanes.
+template <typename T>
+static inline void store_upto(T* p, f32v x, int64_t n) {
+  if (n < kLanes) {
+    store_part(p, x, n);
+  } else {
+    Convert<T>::store(p, x);
+  }
+}
+
+// n elements as float, zero up to the next multiple of kLanes.
+template <typename T>
+static inline void load_row(float* to, const T* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, Convert<T>::load(from + i));
+  if (i < n) store(to + i, load_part(from + i, n - i));
+}
+
+static inline f32v shuffle(f32v a, f32v b, i32v index) {  // index into (a, b)
+#if defined(__clang__)
+  f32v r;
+  for (int i = 0; i < kLanes; ++i) r[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// kLanes x kLanes block: to[c * to_stride + r] = from[r * from_stride + c]. log2(kLanes) rounds of
+// exchanges between rows r and r + step.
+static inline void transpose_block(float* to, int64_t to_stride, const float* from,
+                                   int64_t from_stride) {
+  f32v x[kLanes];
+  for (int r = 0; r < kLanes; ++r) x[r] = load<f32v>(from + r * from_stride);
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    i32v low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & step ? kLanes + (i ^ step) : i;
+      high[i] = i & step ? kLanes + i : i ^ step;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      if (r & step) continue;
+      const f32v a = x[r], b = x[r + step];
+      x[r] = shuffle(a, b, low);
+      x[r + step] = shuffle(a, b, high);
+    }
+  }
+  for (int r = 0; r < kLanes; ++r) store(to + r * to_stride, x[r]);
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c], rows and columns multiples of kLanes.
+static inline void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                             int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      transpose_block(to + c * to_stride + r, to_stride, from + r * from_stride + c, from_stride);
+    }
+  }
+}
+
+}  // namespace MOBA_ISA
+}  // namespace moba

@@ -1,0 +1,74 @@
+// CUDA implementations of the ops whose schemas csrc/ops.cpp defines: checks what shapes, dtypes
+// and devices tell (values stay on the device), allocates, launches on the caller's current stream.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "cuda/block_mean.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+moba::DType kernel_dtype(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return moba::DType::kFloat32;
+    case ScalarType::Half: return moba::DType::kFloat16;
+    case ScalarType::BFloat16: return moba::DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16 on CUDA, got dtype ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// k [Tk, Hk, D], cu_seqlens_k int32 [batch + 1] -> kbar [Tk / block_size + batch, Hk, D]
+Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_size) {
+  STD_TORCH_CHECK(k.dim() == 3, "k must be [Tk, Hk, D], got ", k.dim(), " dimensions");
+  STD_TORCH_CHECK(k.size(2) >= 1 && k.size(2) <= moba::cuda::kMaxHeadDim,
+                  "head_dim of k must be from 1 to ", moba::cuda::kMaxHeadDim, ", got ", k.size(2));
+  STD_TORCH_CHECK(k.stride(2) == 1, "k must be contiguous in its last dimension, got stride ",
+                  k.stride(2));
+  STD_TORCH_CHECK(k.size(0) <= INT32_MAX, "k must have less than 2^31 tokens, got ", k.size(0));
+  STD_TORCH_CHECK(cu_seqlens_k.scalar_type() == ScalarType::Int && cu_seqlens_k.dim() == 1 &&
+                      cu_seqlens_k.numel() >= 1 && cu_seqlens_k.is_contiguous(),
+                  "cu_seqlens_k must be contiguous int32 [batch + 1]");
+  STD_TORCH_CHECK(cu_seqlens_k.is_cuda() && cu_seqlens_k.get_device_index() == k.get_device_index(),
+                  "cu_seqlens_k must be on the CUDA device of k");
+  STD_TORCH_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
+
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  moba::cuda::BlockMeanParams params{};
+  params.dtype = kernel_dtype(k, "k");
+  params.tokens = k.size(0);
+  params.batch = cu_seqlens_k.numel() - 1;
+  params.heads = k.size(1);
+  params.head_dim = k.size(2);
+  params.block_size = block_size;
+  params.rows = params.tokens / block_size + params.batch;
+  Tensor kbar = torch::stable::new_empty(k, {params.rows, params.heads, params.head_dim});
+  Tensor cu_blocks = torch::stable::new_empty(cu_seqlens_k, {params.batch + 1}, ScalarType::Long);
+  params.k = k.data_ptr();
+  params.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
+  params.k_token_stride = k.stride(0);
+  params.k_head_stride = k.stride(1);
+  params.cu_blocks = static_cast<int64_t*>(cu_blocks.data_ptr());
+  params.kbar = kbar.data_ptr();
+  STD_CUDA_CHECK(moba::cuda::block_mean(params, current_stream(k)));
+  return kbar;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) { m.impl("block_mean", TORCH_BOX(&block_mean)); }

@@ -1,0 +1,46 @@
+"""MoBA (Mixture of Block Attention) for PyTorch: exact, trainable block-sparse attention.
+
+Start with :func:`moba_attention_varlen`, or with :func:`register_moba` for Transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+
+from .attention import (
+    BlockSelection,
+    moba_attention,
+    moba_attention_varlen,
+    moba_attn_varlen,
+    moba_attn_varlen_naive,
+    select_blocks,
+)
+from .plan import Plan, plan
+
+__version__ = _version("moba_ext")
+
+# Imported on first use, so that moba_ext works without transformers.
+_LAZY = {
+    "MoBAConfig": "hf",
+    "register_moba": "hf",
+    "set_attention_mode": "hf",
+    "patch_llama": "llama",
+    "unpatch_llama": "llama",
+}
+
+__all__ = [
+    "BlockSelection",
+    "Plan",
+    "moba_attention",
+    "moba_attention_varlen",
+    "moba_attn_varlen",
+    "moba_attn_varlen_naive",
+    "plan",
+    "select_blocks",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,207 @@
+"""Loads the compiled libraries and completes ``torch.ops.moba``: backends, fake tensors, autograd.
+
+Schemas and CPU kernels are in ``csrc/ops.cpp``. ``moba::attention`` returns the block ids because
+an
+autograd formula sees only inputs and outputs: without them the backward would gate and route again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_LIB = Path(__file__).parent / "lib"
+_BUILD_CUDA = (
+    "moba_ext was built without its CUDA library: install it again with MOBA_CUDA=1 in the environment "
+    "(needs nvcc; MOBA_CUDA_ARCHS=90a names the GPU architecture), or use CPU tensors"
+)
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load_libraries() -> str | None:
+    """Loads what was built; returns why there is no CUDA library, None if there is one."""
+    torch.ops.load_library(_LIB / "libmoba_cpu.so")
+    if not (_LIB / "libmoba_cuda.so").exists():
+        return _BUILD_CUDA
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA: install a CUDA build of torch"
+    torch.ops.load_library(_LIB / "libmoba_cuda.so")
+    return None
+
+
+_CUDA_MISSING = _load_libraries()
+
+
+def backend_status() -> dict[str, str | None]:
+    """The known backends; None where available, else the reason why not."""
+    later = "not in this version"
+    return {"reference": None, "cpu": None, "flash": later, "sm90": later}
+
+
+def cuda_status() -> str | None:
+    """None if the CUDA library is loaded, else the reason why not, with the remedy."""
+    return _CUDA_MISSING
+
+
+def _why_not_cpu(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the cpu backend can't take such tensors, in words that follow "q has"; None if it can."""
+    if dtype not in _COMPILED_DTYPES:
+        return f"dtype {dtype}, and compiled backends take float32, bfloat16 and float16"
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        return f"head_dim {head_dim}, and compiled backends take multiples of 8 from 8 to 256"
+    if device not in ("cpu", "meta"):
+        return f"device {device}, and the cpu backend takes CPU tensors"
+    return None
+
+
+def resolve_backend(
+    backend: str, device: str, dtype: torch.dtype, head_dim: int
+) -> tuple[str, str]:
+    """The backend that runs a call on such tensors, and why.
+
+    Raises ValueError (TypeError for a dtype) where the named backend can't, or for CUDA tensors
+    without the CUDA library unless the reference is asked for.
+    """
+    status = backend_status()
+    if backend != "auto":
+        if not isinstance(backend, str) or backend not in status:
+            known = "; ".join(f"'{name}' ({why or 'available'})" for name, why in status.items())
+            raise ValueError(f"backend is {backend!r}, must be 'auto' or one of: {known}")
+        if status[backend] is not None:
+            raise ValueError(f"backend is '{backend}', which is not available: {status[backend]}")
+    if backend == "reference":
+        return "reference", "asked for"
+    if device == "cuda" and backend == "auto":
+        if _CUDA_MISSING is not None:
+            raise ValueError(f"q is on a CUDA device, but {_CUDA_MISSING}")
+        return "reference", "only block_mean is compiled for CUDA tensors in this version"
+    reason = _why_not_cpu(device, dtype, head_dim)
+    if reason is None:
+        return "cpu", "compiled kernels for CPU tensors" if backend == "auto" else "asked for"
+    if backend == "auto":
+        return "reference", f"q has {reason}"
+    raise (TypeError if dtype not in _COMPILED_DTYPES else ValueError)(
+        f"backend is '{backend}', but q has {reason}"
+    )
+
+
+def _require_cuda() -> None:
+    if _CUDA_MISSING is not None:
+        raise RuntimeError(_CUDA_MISSING)
+
+
+@torch.library.register_kernel("moba::attention", "cuda")
+def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
+    _require_cuda()
+    kbar = torch.ops.moba.block_mean(k, cu_k, block_size)
+    block_ids, _ = reference.gate_topk(q, kbar, cu_q, cu_k, max_k, block_size, topk)
+    return reference.moba_attention_varlen(
+        q, k, v, cu_q, cu_k, max_k, block_size, topk, softmax_scale, block_ids
+    )
+
+
+@torch.library.register_kernel("moba::attention_backward", "cuda")
+def _(
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    ids,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    block_size,
+    topk,
+    softmax_scale=None,
+    backend="auto",
+):
+    _require_cuda()
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        outputs = reference.moba_attention_varlen(
+            *inputs, cu_q, cu_k, max_k, block_size, topk, softmax_scale, ids
+        )[:2]
+    return torch.autograd.grad(
+        outputs, inputs, (dout, torch.zeros_like(lse) if dlse is None else dlse)
+    )
+
+
+@torch.library.register_fake("moba::attention")
+def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
+    slots = reference.num_slots(max_k, block_size, topk)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32),
+        q.new_empty((*q.shape[:2], slots), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moba::attention_backward")
+def _(dout, dlse, q, k, v, *args, **kwargs):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("moba::block_mean")
+def _(k, cu_seqlens_k, block_size):
+    return k.new_empty((k.shape[0] // block_size + cu_seqlens_k.shape[0] - 1, *k.shape[1:]))
+
+
+@torch.library.register_fake("moba::gate_topk")
+def _(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk):
+    shape = (*q.shape[:2], reference.num_slots(max_seqlen_k, block_size, topk))
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("moba::route")
+def _(block_ids, cu_seqlens_q, cu_seqlens_k, tokens_k, heads_k, block_size):
+    num_blocks = tokens_k // block_size + cu_seqlens_k.shape[0] - 1
+    return (
+        block_ids.new_empty(heads_k * num_blocks + 1, dtype=torch.int64),
+        block_ids.new_empty(block_ids.numel(), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.sizes = inputs
+    out, lse, block_ids = output
+    ctx.save_for_backward(q, k, v, out, lse, block_ids, cu_seqlens_q, cu_seqlens_k)
+    ctx.mark_non_differentiable(block_ids)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
+    q, k, v, out, lse, block_ids, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    grads = torch.ops.moba.attention_backward(
+        dout,
+        None if dlse is None else dlse.contiguous(),
+        *(q, k, v, out, lse, block_ids, cu_seqlens_q, cu_seqlens_k),
+        *ctx.sizes,
+    )
+    return *grads, None, None, *(None for _ in ctx.sizes)
+
+
+torch.library.register_autograd("moba::attention", _backward, setup_context=_setup_context)
+
+
+def _without_derivative(name: str, reason: str) -> None:
+    def backward(ctx, *grads):
+        raise RuntimeError(f"moba::{name} has no derivative: {reason}")
+
+    torch.library.register_autograd(f"moba::{name}", backward)
+
+
+_without_derivative("attention_backward", "moba::attention can be differentiated once")
+_without_derivative("block_mean", "MoBA's gate takes no gradient (arXiv 2502.13189, section 2.2)")
+_without_derivative("gate_topk", "MoBA's gate takes no gradient (arXiv 2502.13189, section 2.2)")
