@@ -4,8 +4,8 @@ Start with :func:`moba_attention_varlen`, or with :func:`register_moba` for Tran
 """
 
 from importlib import import_module
-from importlib.metadata import version as _version
 
+from ._C import build_info as _build_info
 from .attention import (
     BlockSelection,
     moba_attention,
@@ -16,13 +16,13 @@ from .attention import (
 )
 from .plan import Plan, plan
 
-__version__ = _version("moba_ext")
+__version__ = _build_info()["version"]
 
 # Imported on first use, so that moba_ext works without transformers.
 _LAZY = {
     "MoBAConfig": "hf",
     "register_moba": "hf",
-    "set_attention_mode": "hf",
+    "set_attention_mode": "llama",
     "patch_llama": "llama",
     "unpatch_llama": "llama",
 }

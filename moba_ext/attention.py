@@ -393,11 +393,7 @@ def moba_attn_varlen_naive(
     _check_max_seqlen("max_seqlen", max_seqlen, cu_seqlens)
     block_size = _check_positive("moba_chunk_size", moba_chunk_size)
     topk = _check_positive("moba_topk", moba_topk)
-    kbar = reference.block_mean(k, cu_seqlens, block_size)
-    ids, _ = reference.gate_topk(q, kbar, cu_seqlens, cu_seqlens, max_seqlen, block_size, topk)
-    mask = reference.block_mask(ids, cu_seqlens, cu_seqlens, block_size)
-    out, _ = reference.masked_attention(
-        q, k, v, mask, cu_seqlens, cu_seqlens, block_size, q.shape[-1] ** -0.5
+    out, mask = reference.naive_attention_varlen(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, block_size, topk
     )
-    out = out.to(q.dtype)
     return (out, mask) if return_mask else out

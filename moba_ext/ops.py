@@ -16,7 +16,7 @@ from . import reference
 
 _LIB = Path(__file__).parent / "lib"
 _BUILD_CUDA = (
-    "moba_ext was built without its CUDA library: install it again with MOBA_CUDA=1 in the environment "
+    "moba_ext was built without its CUDA library: install it again with MOBA_CUDA=1 set "
     "(needs nvcc; MOBA_CUDA_ARCHS=90a names the GPU architecture), or use CPU tensors"
 )
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,48 +89,14 @@ def resolve_backend(
     )
 
 
-def _require_cuda() -> None:
-    if _CUDA_MISSING is not None:
-        raise RuntimeError(_CUDA_MISSING)
-
-
 @torch.library.register_kernel("moba::attention", "cuda")
 def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
-    _require_cuda()
+    if _CUDA_MISSING is not None:
+        raise RuntimeError(_CUDA_MISSING)
     kbar = torch.ops.moba.block_mean(k, cu_k, block_size)
     block_ids, _ = reference.gate_topk(q, kbar, cu_q, cu_k, max_k, block_size, topk)
     return reference.moba_attention_varlen(
         q, k, v, cu_q, cu_k, max_k, block_size, topk, softmax_scale, block_ids
-    )
-
-
-@torch.library.register_kernel("moba::attention_backward", "cuda")
-def _(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    ids,
-    cu_q,
-    cu_k,
-    max_q,
-    max_k,
-    block_size,
-    topk,
-    softmax_scale=None,
-    backend="auto",
-):
-    _require_cuda()
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        outputs = reference.moba_attention_varlen(
-            *inputs, cu_q, cu_k, max_k, block_size, topk, softmax_scale, ids
-        )[:2]
-    return torch.autograd.grad(
-        outputs, inputs, (dout, torch.zeros_like(lse) if dlse is None else dlse)
     )
 
 
@@ -183,13 +149,26 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
         dout = torch.zeros_like(out)
     elif dout.stride(-1) != 1:
         dout = dout.contiguous()
-    grads = torch.ops.moba.attention_backward(
-        dout,
-        None if dlse is None else dlse.contiguous(),
-        *(q, k, v, out, lse, block_ids, cu_seqlens_q, cu_seqlens_k),
-        *ctx.sizes,
-    )
+    saved = (q, k, v, out, lse, block_ids, cu_seqlens_q, cu_seqlens_k)
+    if q.is_cuda:
+        grads = _reference_backward(dout, dlse, *saved, *ctx.sizes)
+    else:
+        dlse = None if dlse is None else dlse.contiguous()
+        grads = torch.ops.moba.attention_backward(dout, dlse, *saved, *ctx.sizes)
     return *grads, None, None, *(None for _ in ctx.sizes)
+
+
+def _reference_backward(
+    dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk, scale, _
+):
+    """For CUDA tensors, until they have kernels: the reference once more, at the same selection."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        outputs = reference.moba_attention_varlen(
+            *inputs, cu_q, cu_k, max_k, block_size, topk, scale, block_ids
+        )[:2]
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    return torch.autograd.grad(outputs, inputs, (dout, dlse))
 
 
 torch.library.register_autograd("moba::attention", _backward, setup_context=_setup_context)

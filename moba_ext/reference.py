@@ -42,6 +42,7 @@ __all__ = [
     "masked_attention",
     "merge",
     "moba_attention_varlen",
+    "naive_attention_varlen",
     "num_slots",
     "query_positions",
     "route",
@@ -344,3 +345,27 @@ def masked_attention(
         outs.append(torch.einsum("hqk,khd->qhd", weight, values))
         lses.append(scores.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf))
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def naive_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_k: int,
+    block_size: int,
+    topk: int,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gate, then dense attention under the mask of the selection, O(M * L) per head.
+
+    Returns out ``[Tq, Hq, D]`` in q's dtype and the block mask of :func:`block_mask`.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    kbar = block_mean(k, cu_seqlens_k, block_size)
+    block_ids, _ = gate_topk(q, kbar, *cu_seqlens, max_seqlen_k, block_size, topk)
+    mask = block_mask(block_ids, *cu_seqlens, block_size)
+    out, _ = masked_attention(q, k, v, mask, *cu_seqlens, block_size, scale)
+    return out.to(q.dtype), mask

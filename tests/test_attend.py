@@ -32,7 +32,7 @@ def test_blocks_of_several_chunks(head_dim, block_size, poisoned):
 def test_a_query_group_of_every_size():
     # 1 to 50 rows per block: every width of a row tile, with and without idle lanes.
     for queries in range(1, 51):
-        check_against_reference(Case([queries], [queries + 30], 1, 1, 8, 16, 2), torch.float32)
+        check_against_reference(Case([queries], [queries + 30], 1, 1, 8, 16, 2), torch.float16)
 
 
 def test_reference_attend_is_masked_softmax():

@@ -21,7 +21,7 @@ extern const Kernels table;
 }
 
 const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+  static const Kernels* const chosen = [] {
     const Kernels* const tables[] = {
 #ifdef MOBA_HAVE_AVX512
         &avx512::table,
@@ -31,12 +31,11 @@ const Kernels& kernels() {
 #endif
         &generic::table,
     };
-    for (const Kernels* each : tables) {
-      if (std::strcmp(each->isa, cpu_isa()) == 0) return *each;
-    }
-    return generic::table;
+    const Kernels* const* table = tables;
+    while (std::strcmp((*table)->isa, cpu_isa()) != 0) ++table;  // cpu_isa names one of them
+    return *table;
   }();
-  return chosen;
+  return *chosen;
 }
 
 }  // namespace moba

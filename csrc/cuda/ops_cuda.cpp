@@ -7,14 +7,14 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include "checks.h"
 #include "cuda/block_mean.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using moba::ScalarType;
+using moba::Tensor;
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -28,25 +28,25 @@ moba::DType kernel_dtype(const Tensor& tensor, const char* name) {
     case ScalarType::Half: return moba::DType::kFloat16;
     case ScalarType::BFloat16: return moba::DType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16 on CUDA, got dtype ",
-                      torch::headeronly::toString(tensor.scalar_type()));
+      MOBA_CHECK(false, name, " must be float32, float16 or bfloat16 on CUDA, got dtype ",
+                 torch::headeronly::toString(tensor.scalar_type()));
   }
 }
 
 // k [Tk, Hk, D], cu_seqlens_k int32 [batch + 1] -> kbar [Tk / block_size + batch, Hk, D]
 Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_size) {
-  STD_TORCH_CHECK(k.dim() == 3, "k must be [Tk, Hk, D], got ", k.dim(), " dimensions");
-  STD_TORCH_CHECK(k.size(2) >= 1 && k.size(2) <= moba::cuda::kMaxHeadDim,
-                  "head_dim of k must be from 1 to ", moba::cuda::kMaxHeadDim, ", got ", k.size(2));
-  STD_TORCH_CHECK(k.stride(2) == 1, "k must be contiguous in its last dimension, got stride ",
-                  k.stride(2));
-  STD_TORCH_CHECK(k.size(0) <= INT32_MAX, "k must have less than 2^31 tokens, got ", k.size(0));
-  STD_TORCH_CHECK(cu_seqlens_k.scalar_type() == ScalarType::Int && cu_seqlens_k.dim() == 1 &&
-                      cu_seqlens_k.numel() >= 1 && cu_seqlens_k.is_contiguous(),
-                  "cu_seqlens_k must be contiguous int32 [batch + 1]");
-  STD_TORCH_CHECK(cu_seqlens_k.is_cuda() && cu_seqlens_k.get_device_index() == k.get_device_index(),
-                  "cu_seqlens_k must be on the CUDA device of k");
-  STD_TORCH_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  MOBA_CHECK(k.dim() == 3, "k must be [Tk, Hk, D], got ", k.dim(), " dimensions");
+  MOBA_CHECK(k.size(2) >= 1 && k.size(2) <= moba::cuda::kMaxHeadDim,
+             "head_dim of k must be from 1 to ", moba::cuda::kMaxHeadDim, ", got ", k.size(2));
+  MOBA_CHECK(k.stride(2) == 1, "k must be contiguous in its last dimension, got stride ",
+             k.stride(2));
+  MOBA_CHECK(k.size(0) <= INT32_MAX, "k must have less than 2^31 tokens, got ", k.size(0));
+  MOBA_CHECK(cu_seqlens_k.scalar_type() == ScalarType::Int && cu_seqlens_k.dim() == 1 &&
+                 cu_seqlens_k.numel() >= 1 && cu_seqlens_k.is_contiguous(),
+             "cu_seqlens_k must be contiguous int32 [batch + 1]");
+  MOBA_CHECK(cu_seqlens_k.is_cuda() && cu_seqlens_k.get_device_index() == k.get_device_index(),
+             "cu_seqlens_k must be on the CUDA device of k");
+  MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
 
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   moba::cuda::BlockMeanParams params{};

@@ -42,7 +42,6 @@ using i32v = int32_t __attribute__((vector_size(kLanes * 4)));
 using u32v = uint32_t __attribute__((vector_size(kLanes * 4)));
 using u16v = uint16_t __attribute__((vector_size(kLanes * 2)));
 
-constexpr float kLog2e = 1.44269504f;
 constexpr float kInf = __builtin_inff();
 
 template <typename V>
@@ -78,23 +77,25 @@ static inline bool any(i32v mask) {
 // The larger one; b where a is NaN, so a running maximum passes over NaN.
 static inline f32v max_number(f32v a, f32v b) { return a > b ? a : b; }
 
-// e^x for x < 88, relative error 2e-7 + 6e-8 * |x|; 0 below 2^-126; NaN stays NaN. 2^f by a
-// degree-5 minimax polynomial with p(0) = 1.
+// e^x for x < 88, within 1 ulp; 0 below 2^-126; NaN stays NaN. x = n * log(2) + f with log(2) in
+// two pieces, the first of which times n is exact; e^f by a degree-6 minimax polynomial with p(0)
+// = 1.
 static inline f32v exp_vec(f32v x) {
-  const f32v low = splat(-126.0f),
-             magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer
-  const f32v z = x * kLog2e;
-  const f32v y = z < low ? low : z;
-  const f32v t = y + magic;
-  const f32v f = y - (t - magic);  // -0.5 .. 0.5
-  f32v p = splat(1.32647272e-3f);
-  p = p * f + 9.67151281e-3f;
-  p = p * f + 5.55073374e-2f;
-  p = p * f + 2.40222421e-1f;
-  p = p * f + 6.93146978e-1f;
+  const f32v low = splat(-87.3365447f);   // log(2^-126)
+  const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer
+  const f32v y = x < low ? low : x;
+  const f32v t = y * 1.44269504f + magic;
+  const f32v n = t - magic;
+  const f32v f = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // -0.35 .. 0.35
+  f32v p = splat(1.38436536e-3f);
+  p = p * f + 8.3741554e-3f;
+  p = p * f + 4.1668002e-2f;
+  p = p * f + 1.66664313e-1f;
+  p = p * f + 4.99999942e-1f;
+  p = p * f + 1.00000003f;
   p = p * f + 1.0f;
   f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
-  r = z < low ? f32v{} : r;
+  r = x < low ? f32v{} : r;
   return x == x ? r : x;
 }
 
