@@ -1,6 +1,7 @@
 # libmoba_cuda.so: built for the GPU of this machine when there is one and nvcc is found, and for any
 # GPU from sm_80 on when MOBA_CUDA=1 (or MOBA_CUDA_ARCHS, a list such as "80;90a") asks for it.
 # Sets MOBA_CUDA_VERSION and MOBA_BUILT_ARCHS, both empty when the library is left out.
+cmake_minimum_required(VERSION 3.24)
 set(MOBA_CUDA_VERSION "")
 set(MOBA_BUILT_ARCHS "")
 set(MOBA_CUDA_HOW "set MOBA_CUDA=1 and install again")
