@@ -157,9 +157,9 @@ def table(results: dict) -> str:
 
 def put_into_readme(text: str) -> None:
     readme = ROOT / "README.md"
-    begin, end = "<!-- benchmarks/cpu.py begin -->\n", "\n<!-- benchmarks/cpu.py end -->"
+    begin, end = "<!-- benchmarks/cpu.py begin -->\n", "<!-- benchmarks/cpu.py end -->"
     before, rest = readme.read_text().split(begin)
-    readme.write_text(before + begin + text + end + rest.split(end)[1])
+    readme.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ Rows rows_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
-const int32_t* offsets_of(const Tensor& tensor) {
+const int32_t* int32_of(const Tensor& tensor) {
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
@@ -69,17 +69,15 @@ Problem make_problem(const Shape& shape, int64_t block_size, int64_t slots,
           block_size,
           num_blocks(shape.tokens_k, shape.batch, block_size),
           slots,
-          offsets_of(cu_seqlens_q),
-          offsets_of(cu_seqlens_k),
+          int32_of(cu_seqlens_q),
+          int32_of(cu_seqlens_k),
           nullptr};
 }
 
 // Allocates and fills problem.cu_blocks; the tensor owns the memory.
 Tensor with_cu_blocks(Problem& problem) {
   Tensor cu_blocks = empty({problem.batch + 1}, ScalarType::Long);
-  int64_t* rows = static_cast<int64_t*>(cu_blocks.mutable_data_ptr());
-  cpu::fill_cu_blocks(problem, rows);
-  problem.cu_blocks = rows;
+  problem.cu_blocks = cpu::fill_cu_blocks(problem, cu_blocks.mutable_data_ptr());
   return cu_blocks;
 }
 
@@ -228,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                  block_ids.size(2) == slots,
              "block_ids must be [", q.size(0), ", ", q.size(1), ", ", slots,
              "], as attention returned it");
-  if (!call.plan.dense) check_block_id_values(call.problem, offsets_of(block_ids));
+  if (!call.plan.dense) check_block_id_values(call.problem, int32_of(block_ids));
 
   Tensor dq = empty({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   Tensor dk = empty({k.size(0), k.size(1), k.size(2)}, q.scalar_type());
@@ -321,7 +319,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
                     1};
   Problem problem = make_problem(shape, block_size, slots, cu_seqlens_q, cu_seqlens_k);
   const Tensor cu_blocks = with_cu_blocks(problem);
-  check_block_id_values(problem, offsets_of(block_ids));
+  check_block_id_values(problem, int32_of(block_ids));
   Tensor offsets = empty({heads_k * problem.num_blocks + 1}, ScalarType::Long);
   Tensor entries = empty({tokens_q * heads_q * slots}, ScalarType::Long);
   Tensor head_offsets = empty({problem.num_blocks + 1}, ScalarType::Int);
@@ -332,7 +330,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   int32_t* from_entries = static_cast<int32_t*>(head_entries.mutable_data_ptr());
   to_offsets[0] = 0;
   for (int64_t head = 0; head < heads_k; ++head) {
-    cpu::route(problem, offsets_of(block_ids), head, 0, tokens_q, from_offsets, from_entries);
+    cpu::route(problem, int32_of(block_ids), head, 0, tokens_q, from_offsets, from_entries);
     const int64_t begin = to_offsets[head * problem.num_blocks],
                   group_slots = problem.group() * slots;
     for (int64_t n = 1; n <= problem.num_blocks; ++n)

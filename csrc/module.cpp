@@ -5,7 +5,6 @@
 #include <sstream>
 #include <string>
 
-#include "cpu/isa.h"
 #include "plan.h"
 
 #include "cpu/isa.h"
@@ -62,8 +61,6 @@ PYBIND11_MODULE(_C, module) {
       "How this package was built: version, libraries ('cpu', 'cuda'), cxx_compiler, build_type,\n"
       "torch_target (oldest torch the libraries load under), cpu_isas (instruction-set levels of\n"
       "the CPU kernels), cuda_toolkit (None without the CUDA library), cuda_archs.");
-  module.def("cpu_isa", &moba::cpu_isa,
-             "The instruction-set level at which the CPU kernels run in this process.");
   module.def("cpu_isa", &moba::cpu_isa,
              "Instruction-set level of the CPU kernels on this machine: the widest one, or what "
              "the environment\n"

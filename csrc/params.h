@@ -12,20 +12,14 @@ namespace moba {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
-inline int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// static: files compiled for different instruction sets must not share a copy (cpu/kernels/simd.h).
+static inline int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // [tokens, heads, head_dim] with contiguous head_dim; strides in elements.
 struct Rows {
   const void* data;
-  int64_t token_stride;
-  int64_t head_stride;
-};
-
-// The same for outputs.
-struct MutableRows {
-  void* data;
   int64_t token_stride;
   int64_t head_stride;
 };
@@ -41,7 +35,7 @@ struct Problem {
   const int32_t* cu_seqlens_k;  // [batch + 1]
   const int64_t* cu_blocks;     // [batch + 1] first block table row of each sequence
 
-  int64_t group() const { return heads_q / heads_k; }
+  [[gnu::always_inline]] int64_t group() const { return heads_q / heads_k; }
 };
 
 // One row of the block table, with its place in the batch.
@@ -63,9 +57,9 @@ struct QueryTile {
 struct BlockRows {
   Block block;
   int64_t head_k;
-  int64_t query_begin;  // first query of the query group, origin of row numbers
-  int64_t own_row,
-      own_rows;  // rows of the own queries within the group: own_row .. own_row + own_rows
+  int64_t query_begin;     // first query of the query group, origin of row numbers
+  int64_t own_row;         // first row of the own queries within the group
+  int64_t own_rows;        // and their number
   const int32_t* entries;  // routed row * K + slot, ascending
   int64_t first, last;     // the part of (own rows, entries) to work on
 };
@@ -89,24 +83,24 @@ struct AttendBackwardParams {
 
 // Sizes that fix the workspace and the order of sums; the same for every instruction-set level.
 constexpr int64_t kPad =
-    16;  // floats: partial rows and packed rows are whole vectors of the widest level
+    16;  // floats in a vector of the widest level: buffer rows are whole vectors
 constexpr int64_t kMaxRows = 48;      // most rows in a tile
 constexpr int64_t kKeyTile = 64;      // keys whose scores are held at a time
 constexpr int64_t kMaxTileRows = 12;  // most rows of a product held in registers
 
-inline int64_t padded(int64_t head_dim) { return round_up(head_dim, kPad); }
+static inline int64_t padded(int64_t head_dim) { return round_up(head_dim, kPad); }
 
 // Keys of a block that are packed together: K and V of a chunk stay in a 1 MiB L2 cache. Chunks are
-// counted from the block's first key, so results don't depend on how a batch is laid out.
-inline int64_t chunk_keys(int64_t block_size, int64_t head_dim) {
+// counted from the block's first key, wherever in a batch the block lies.
+static inline int64_t chunk_keys(int64_t block_size, int64_t head_dim) {
   const int64_t most = head_dim <= 64 ? 512 : head_dim <= 128 ? 256 : 128;
   return block_size < most ? block_size : most;
 }
 
 // Keys of the block that at least one of the rows first .. last sees.
-inline int64_t visible_keys(const Problem& problem, const BlockRows& rows) {
-  const int64_t keys = rows.block.key_end - rows.block.key_begin;
-  if (rows.last > rows.own_rows || rows.last == rows.first) return keys;
+static inline int64_t visible_keys(const Problem& problem, const BlockRows& rows) {
+  if (rows.last == rows.first) return 0;
+  if (rows.last > rows.own_rows) return rows.block.key_end - rows.block.key_begin;
   const int64_t query = rows.query_begin + (rows.own_row + rows.last - 1) / problem.group();
   return rows.block.query_position + (query - rows.block.query_begin) - rows.block.position + 1;
 }

@@ -6,17 +6,17 @@ namespace moba {
 
 namespace {
 
-// Bound on the partials of a group. They are written and read once each; 64 MiB keeps lists of
-// routed rows long at any length, and lies near the size of a last-level cache.
+// Bound on the partials of a group, which are written and read once each: the size of a last-level
+// cache. Longer inputs exceed it where lists of routed rows would otherwise get too short.
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
 
-// Lays out spans one after another, each on a cache line.
+// Lays out buffers one after another, each on a cache line.
 struct Layout {
   int64_t bytes = 0;
-  Span add(int64_t size) {
-    const Span span{bytes, size};
+  int64_t add(int64_t size) {
+    const int64_t offset = bytes;
     bytes += round_up(size, 64);
-    return span;
+    return offset;
   }
 };
 
@@ -60,41 +60,46 @@ int64_t gate_scratch_bytes(int64_t slots, int64_t head_dim) {
 
 CpuPlan plan_cpu(const Shape& shape, int64_t threads) {
   CpuPlan plan{};
-  const int64_t longest = std::max<int64_t>(shape.max_seqlen_k, 1);
-  plan.dense = shape.topk >= ceil_div(longest, std::min(shape.block_size, longest));
-  plan.block_size = plan.dense ? longest : std::min(shape.block_size, longest);
+  // A caller's bound may lie far above the real length; no sequence is longer than all of them.
+  const int64_t longest = std::max<int64_t>(std::min(shape.max_seqlen_k, shape.tokens_k), 1);
+  plan.dense = shape.topk >= ceil_div(longest, shape.block_size);
+  plan.block_size = plan.dense ? longest : shape.block_size;
   plan.num_blocks = num_blocks(shape.tokens_k, shape.batch, plan.block_size);
-  plan.slots = plan.dense ? 0 : num_slots(longest, plan.block_size, shape.topk);
+  plan.slots = plan.dense ? 0 : shape.topk - 1;
 
   const int64_t width = padded(shape.head_dim), group = shape.heads_q / shape.heads_k;
-  const int64_t row_bytes = (plan.slots + 1) * (width + 1) * 4;
-  const int64_t affordable =
-      std::max<int64_t>(kPartialBytes / (row_bytes * group), 1);  // queries of one KV head
-  const int64_t tokens_q = std::max<int64_t>(shape.tokens_q, 1);
+  const int64_t slots = plan.slots + 1, tokens_q = std::max<int64_t>(shape.tokens_q, 1);
+  const int64_t row_bytes = slots * (width + 1) * 4;
+  int64_t queries = std::max<int64_t>(kPartialBytes / (row_bytes * group), 1);  // of one KV head
+  if (plan.slots > 0) {
+    // A full tile of rows per list on average, so that packing a block and its list entry pay off.
+    const int64_t rows = std::min(kMaxRows, plan.block_size) * (shape.tokens_k / plan.block_size);
+    queries = std::max(queries, ceil_div(rows, group * plan.slots));
+  }
   // Groups of about one size: the fewest sets of heads, or ranges of queries, then evened out.
-  const int64_t most_heads = std::clamp<int64_t>(affordable / tokens_q, 1, shape.heads_k);
+  const int64_t most_heads = std::clamp<int64_t>(queries / tokens_q, 1, shape.heads_k);
   plan.heads_per_group = ceil_div(shape.heads_k, ceil_div(shape.heads_k, most_heads));
-  plan.queries_per_group = ceil_div(tokens_q, ceil_div(tokens_q, affordable));
+  plan.queries_per_group = ceil_div(tokens_q, ceil_div(tokens_q, queries));
   plan.query_ranges = ceil_div(tokens_q, plan.queries_per_group);
-  plan.group_rows = plan.heads_per_group * plan.queries_per_group * group;
-  plan.segments = plan.heads_per_group * plan.num_blocks + 1;
+  const int64_t group_rows = plan.heads_per_group * plan.queries_per_group * group;
+  const int64_t lists = plan.heads_per_group * plan.num_blocks;  // (KV head, block) of a group
   const int64_t chunk = chunk_keys(plan.block_size, shape.head_dim);
-  plan.chunks = ceil_div(plan.block_size, chunk);
 
   Layout layout;
   plan.cu_blocks = layout.add((shape.batch + 1) * 8);
-  plan.segment_offsets = layout.add(plan.segments * 8);
+  plan.segment_offsets = layout.add((lists + 1) * 8);
   if (plan.slots > 0) {
     plan.route_offsets = layout.add(plan.query_ranges * shape.heads_k * (plan.num_blocks + 1) * 4);
     plan.route_entries = layout.add(shape.tokens_q * shape.heads_q * plan.slots * 4);
   }
   Layout backward = layout;
 
-  if (plan.slots > 0)
-    plan.kbar =
-        layout.add(plan.num_blocks * shape.heads_k * shape.head_dim * dtype_size(shape.dtype));
-  plan.partial_out = layout.add(plan.group_rows * (plan.slots + 1) * width * 4);
-  plan.partial_lse = layout.add(plan.group_rows * (plan.slots + 1) * 4);
+  if (plan.slots > 0) {
+    const int64_t centroids = plan.num_blocks * shape.heads_k * shape.head_dim;
+    plan.kbar = layout.add(centroids * dtype_size(shape.dtype));
+  }
+  plan.partial_out = layout.add(group_rows * slots * width * 4);
+  plan.partial_lse = layout.add(group_rows * slots * 4);
   const int64_t attend_floats = 2 * chunk * width + kMaxRows * (3 * width + kKeyTile);
   plan.forward_scratch_per_thread =
       std::max(gate_scratch_bytes(plan.slots, shape.head_dim), round_up(attend_floats * 4, 64));
@@ -102,10 +107,10 @@ CpuPlan plan_cpu(const Shape& shape, int64_t threads) {
   plan.forward_bytes = layout.bytes;
 
   plan.delta = backward.add(shape.heads_q * shape.tokens_q * 4);
-  plan.partial_dq = backward.add(plan.group_rows * (plan.slots + 1) * width * 4);
+  plan.partial_dq = backward.add(group_rows * slots * width * 4);
   plan.dk = backward.add(plan.heads_per_group * shape.tokens_k * width * 4);
   plan.dv = backward.add(plan.heads_per_group * shape.tokens_k * width * 4);
-  plan.turns = backward.add((plan.segments - 1) * plan.chunks * 4);
+  plan.turns = backward.add(plan.heads_per_group * shape.tokens_k * 4);
   const int64_t backward_floats = 4 * chunk * width + kMaxRows * (5 * width + 2 * kKeyTile);
   plan.backward_scratch_per_thread = round_up(backward_floats * 4, 64);
   plan.backward_scratch = backward.add(threads * plan.backward_scratch_per_thread);

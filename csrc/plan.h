@@ -26,36 +26,25 @@ int64_t num_blocks(int64_t tokens_k, int64_t batch, int64_t block_size);
 int64_t attended_pairs(int64_t queries, int64_t keys, int64_t block_size, int64_t topk);
 int64_t dense_pairs(int64_t queries, int64_t keys);
 
-// A piece of a workspace buffer.
-struct Span {
-  int64_t offset = 0;
-  int64_t bytes = 0;
-};
-
 // How the CPU backend runs a call. Work is done in groups of `heads_per_group` KV heads (all their
-// query heads) times `queries_per_group` queries, so that partials stay under kPartialBytes at any
-// length. Groups depend on shapes alone, never on the number of threads, so neither do results.
+// query heads) times `queries_per_group` queries, so that partials stay bounded at any length.
+// Groups depend on shapes alone, never on the number of threads, so neither do results.
 struct CpuPlan {
   bool dense;  // topk * block_size covers every sequence: one causal block, no gate, no route
-  int64_t
-      block_size;  // as computed with: clamped to the longest sequence, which is the block if dense
-  int64_t num_blocks;  // rows of the block table at that size
-  int64_t slots;       // past blocks a query may choose at that size, 0 if dense
+  int64_t block_size;  // the longest sequence if dense
+  int64_t num_blocks;  // rows of the block table
+  int64_t slots;       // past blocks a query may choose, 0 if dense
   int64_t heads_per_group, queries_per_group, query_ranges;
-  int64_t group_rows;  // most rows of partials at a time
-  int64_t segments;    // most (KV head, block) lists of a group, plus one
-  int64_t chunks;      // chunks per block
 
-  // Forward workspace.
-  Span cu_blocks, kbar, route_offsets, route_entries, segment_offsets, partial_out, partial_lse,
-      forward_scratch;
+  // Forward workspace: offsets of its pieces, in bytes.
+  int64_t cu_blocks, kbar, route_offsets, route_entries, segment_offsets, partial_out, partial_lse;
+  int64_t forward_scratch, forward_scratch_per_thread;
   int64_t forward_bytes;
-  int64_t forward_scratch_per_thread;
 
-  // Backward workspace (cu_blocks, route_* and segment_offsets lie where they lie in the forward).
-  Span delta, partial_dq, dk, dv, turns, backward_scratch;
+  // Backward workspace; cu_blocks, route_* and segment_offsets lie where they lie in the forward.
+  int64_t delta, partial_dq, dk, dv, turns;
+  int64_t backward_scratch, backward_scratch_per_thread;
   int64_t backward_bytes;
-  int64_t backward_scratch_per_thread;
 };
 
 // Scratch of one thread in gate_topk.

@@ -73,6 +73,8 @@ def _lengths(name: str, seqlens: int | Sequence[int]) -> list[int]:
             )
         if length < 0:
             raise ValueError(f"{name} has {length}, must be lengths >= 0 in tokens")
+    if sum(lengths) >= 2**31:
+        raise ValueError(f"{name} has {sum(lengths)} tokens, must be below 2^31: offsets are int32")
     return lengths
 
 

@@ -269,3 +269,32 @@ def test_unknown_instruction_set_level_is_an_error():
         text=True,
     )
     assert result.returncode == 1 and "MOBA_CPU_ISA is mmx, allowed:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("bound", "block_size", "topk"), [(2**40, 8, 3), (2**62, 2**62, 1), (2**31, 2**63 - 1, 9)]
+)
+def test_a_bound_far_above_the_longest_sequence_costs_nothing(bound, block_size, topk):
+    case = self_attention([60, 4], 2, 1, 16, 8, 3)
+    inputs = case.tensors(torch.float32, requires_grad=True)
+    results = []
+    for longest in (bound, 60):
+        out, lse, _ = torch.ops.moba.attention(
+            *(*inputs, *case.cu_seqlens(), 60, longest, block_size, topk)
+        )
+        results.append((out, lse, *torch.autograd.grad(out.sum(), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_infinite_keys_and_scores():
+    """A row whose scores are all -inf has seen nothing: output 0, lse -inf, no gradient."""
+    q, k, v = (
+        torch.ones(1, 20, 1, 8),
+        torch.full((1, 20, 1, 8), -torch.inf),
+        torch.ones(1, 20, 1, 8),
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = moba_ext.moba_attention(*inputs, block_size=8, topk=2, return_lse=True)
+    assert bool((out == 0).all()) and bool(lse.isneginf().all())
+    _, dk, dv = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert bool((dk == 0).all()) and bool((dv == 0).all())

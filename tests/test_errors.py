@@ -226,6 +226,7 @@ def test_select_blocks_call():
         ({"seqlens_q": []}, ValueError, "seqlens_q is empty"),
         ({"seqlens_q": [4, 2.5]}, TypeError, "seqlens_q has 2.5 (float), must be int lengths"),
         ({"seqlens_q": -3}, ValueError, "seqlens_q has -3, must be lengths >= 0"),
+        ({"seqlens_q": 2**62 + 1}, ValueError, "tokens, must be below 2^31: offsets are int32"),
         (
             {"seqlens_k": [1, 2]},
             ValueError,

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <thread>
+#include <utility>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -62,9 +63,9 @@ class Groups {
       : plan_(plan),
         problem_(problem),
         used_blocks_(problem.cu_blocks[problem.batch]),
-        route_offsets_(reinterpret_cast<int32_t*>(workspace + plan.route_offsets.offset)),
-        route_entries_(reinterpret_cast<int32_t*>(workspace + plan.route_entries.offset)),
-        segment_offsets_(reinterpret_cast<int64_t*>(workspace + plan.segment_offsets.offset)) {}
+        route_offsets_(reinterpret_cast<int32_t*>(workspace + plan.route_offsets)),
+        route_entries_(reinterpret_cast<int32_t*>(workspace + plan.route_entries)),
+        segment_offsets_(reinterpret_cast<int64_t*>(workspace + plan.segment_offsets)) {}
 
   void route_all(const int32_t* block_ids, int64_t threads) const {
     if (problem_.slots == 0) return;
@@ -93,7 +94,6 @@ class Groups {
   int64_t rows(int64_t range) const {
     return (query_end(range) - query_begin(range)) * problem_.group();
   }
-  int64_t used_blocks() const { return used_blocks_; }
 
   // Cuts the lists of a group into segments; every list gets at least `least` of them. Returns
   // their number.
@@ -112,16 +112,13 @@ class Groups {
 
   struct Segment {
     BlockRows rows;
-    int64_t list;    // of the group, (KV head, block)
-    int64_t number;  // within the list
-    int64_t count;   // of the list
+    int64_t number;  // within its list
   };
 
   Segment segment(int64_t item) const {
     const int64_t list = std::upper_bound(segment_offsets_, segment_offsets_ + lists_ + 1, item) -
                          segment_offsets_ - 1;
-    Segment segment{list_rows(list), list, item - segment_offsets_[list],
-                    segment_offsets_[list + 1] - segment_offsets_[list]};
+    Segment segment{list_rows(list), item - segment_offsets_[list]};
     segment.rows.first = segment.number * kSegmentRows;
     segment.rows.last = std::min(segment.rows.first + kSegmentRows, segment.rows.last);
     return segment;
@@ -169,12 +166,14 @@ class Groups {
 
 }  // namespace
 
-void fill_cu_blocks(const Problem& problem, int64_t* cu_blocks) {
+const int64_t* fill_cu_blocks(const Problem& problem, void* memory) {
+  int64_t* const cu_blocks = static_cast<int64_t*>(memory);
   cu_blocks[0] = 0;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const int64_t keys = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
     cu_blocks[b + 1] = cu_blocks[b] + ceil_div(keys, problem.block_size);
   }
+  return cu_blocks;
 }
 
 void block_mean(const Problem& problem, const Rows& k, void* kbar) {
@@ -208,12 +207,10 @@ void gate_topk(const Problem& problem, const Rows& q, const void* kbar, int32_t*
 
 void attention(const CpuPlan& plan, ForwardArgs args, int64_t threads, char* workspace) {
   Problem& problem = args.problem;
-  int64_t* const cu_blocks = reinterpret_cast<int64_t*>(workspace + plan.cu_blocks.offset);
-  fill_cu_blocks(problem, cu_blocks);
-  problem.cu_blocks = cu_blocks;
-  char* const scratch = workspace + plan.forward_scratch.offset;
+  problem.cu_blocks = fill_cu_blocks(problem, workspace + plan.cu_blocks);
+  char* const scratch = workspace + plan.forward_scratch;
   if (problem.slots > 0) {
-    void* const kbar = workspace + plan.kbar.offset;
+    void* const kbar = workspace + plan.kbar;
     block_mean(problem, args.k, kbar);
     gate_topk(problem, args.q, kbar, args.block_ids, nullptr, threads, scratch,
               plan.forward_scratch_per_thread);
@@ -222,8 +219,8 @@ void attention(const CpuPlan& plan, ForwardArgs args, int64_t threads, char* wor
   groups.route_all(args.block_ids, threads);
 
   AttendParams params{problem, args.q, args.k, args.v, args.softmax_scale, nullptr, nullptr};
-  params.partial_out = reinterpret_cast<float*>(workspace + plan.partial_out.offset);
-  params.partial_lse = reinterpret_cast<float*>(workspace + plan.partial_lse.offset);
+  params.partial_out = reinterpret_cast<float*>(workspace + plan.partial_out);
+  params.partial_lse = reinterpret_cast<float*>(workspace + plan.partial_lse);
   groups.for_each_group([&](int64_t range, int64_t head_begin, int64_t head_end) {
     const int64_t rows = groups.rows(range), slots = problem.slots + 1,
                   width = padded(problem.head_dim);
@@ -234,13 +231,14 @@ void attention(const CpuPlan& plan, ForwardArgs args, int64_t threads, char* wor
       return of;
     };
     std::fill_n(params.partial_lse, (head_end - head_begin) * rows * slots, -__builtin_inff());
-    for_each_item(groups.count_segments(range, head_begin, head_end, 0), threads,
-                  [&](int64_t item, int64_t thread) {
-                    const Groups::Segment segment = groups.segment(item);
-                    kernels().attend(of_head(segment.rows.head_k), segment.rows,
-                                     reinterpret_cast<float*>(
-                                         scratch + thread * plan.forward_scratch_per_thread));
-                  });
+    const int64_t items = groups.count_segments(range, head_begin, head_end, 0);
+    for_each_item(items, threads, [&](int64_t item, int64_t thread) {
+      // Late segments of a dense call see the most keys: hand them out first.
+      const Groups::Segment segment = groups.segment(items - 1 - item);
+      float* const mine =
+          reinterpret_cast<float*>(scratch + thread * plan.forward_scratch_per_thread);
+      kernels().attend(of_head(segment.rows.head_k), segment.rows, mine);
+    });
     const int64_t tiles = ceil_div(rows, kRowsPerItem);
     for_each_item(tiles * (head_end - head_begin), threads, [&](int64_t item, int64_t) {
       const int64_t head_k = head_begin + item / tiles, first = item % tiles * kRowsPerItem;
@@ -253,26 +251,24 @@ void attention(const CpuPlan& plan, ForwardArgs args, int64_t threads, char* wor
 
 void attention_backward(const CpuPlan& plan, BackwardArgs args, int64_t threads, char* workspace) {
   Problem& problem = args.problem;
-  int64_t* const cu_blocks = reinterpret_cast<int64_t*>(workspace + plan.cu_blocks.offset);
-  fill_cu_blocks(problem, cu_blocks);
-  problem.cu_blocks = cu_blocks;
+  problem.cu_blocks = fill_cu_blocks(problem, workspace + plan.cu_blocks);
   Groups groups(plan, problem, workspace);
   groups.route_all(args.block_ids, threads);
 
-  float* const delta = reinterpret_cast<float*>(workspace + plan.delta.offset);
+  float* const delta = reinterpret_cast<float*>(workspace + plan.delta);
   torch::stable::parallel_for(0, problem.tokens_q, 64, [&](int64_t begin, int64_t end) {
     kernels().delta(problem, args.out, args.dout, args.dlse, begin, end, delta);
   });
 
   AttendBackwardParams params{problem,  args.q, args.k, args.v, args.dout, args.softmax_scale,
                               args.lse, delta,  nullptr};
-  params.partial_dq = reinterpret_cast<float*>(workspace + plan.partial_dq.offset);
-  float* const dk =
-      reinterpret_cast<float*>(workspace + plan.dk.offset);  // [heads of a group, Tk, width]
-  float* const dv = reinterpret_cast<float*>(workspace + plan.dv.offset);
-  auto* const turns =
-      reinterpret_cast<std::atomic<int32_t>*>(workspace + plan.turns.offset);  // [list, chunk]
-  char* const scratch = workspace + plan.backward_scratch.offset;
+  params.partial_dq = reinterpret_cast<float*>(workspace + plan.partial_dq);
+  // [heads of a group, Tk, width]
+  float* const dk = reinterpret_cast<float*>(workspace + plan.dk);
+  float* const dv = reinterpret_cast<float*>(workspace + plan.dv);
+  // Segments whose dk and dv are in, at the first key of every chunk: [heads of a group, Tk].
+  int32_t* const turns = reinterpret_cast<int32_t*>(workspace + plan.turns);
+  char* const scratch = workspace + plan.backward_scratch;
   const int64_t width = padded(problem.head_dim), slots = problem.slots + 1;
   const int64_t chunk = chunk_keys(problem.block_size, problem.head_dim);
 
@@ -283,8 +279,7 @@ void attention_backward(const CpuPlan& plan, BackwardArgs args, int64_t threads,
       of.partial_dq += (head_k - head_begin) * rows * slots * width;
       return of;
     };
-    for (int64_t i = 0; i < heads * groups.used_blocks() * plan.chunks; ++i)
-      turns[i].store(0, std::memory_order_relaxed);
+    std::fill_n(turns, heads * problem.tokens_k, 0);
     // The first range sets dk and dv, also of blocks that nobody reads.
     const int64_t items = groups.count_segments(range, head_begin, head_end, range == 0 ? 1 : 0);
     for_each_item(items, threads, [&](int64_t item, int64_t thread) {
@@ -303,12 +298,12 @@ void attention_backward(const CpuPlan& plan, BackwardArgs args, int64_t threads,
         if (seen > 0) {
           kernels().attend_backward(of_head(part.head_k), part, begin, chunk_dk, chunk_dv, rest);
         }
-        std::atomic<int32_t>& turn = turns[segment.list * plan.chunks + begin / chunk];
+        const int64_t key =
+            (part.head_k - head_begin) * problem.tokens_k + part.block.key_begin + begin;
+        const std::atomic_ref<int32_t> turn(turns[key]);
         while (turn.load(std::memory_order_acquire) != segment.number) std::this_thread::yield();
-        const int64_t at =
-            ((part.head_k - head_begin) * problem.tokens_k + part.block.key_begin + begin) * width;
         for (const auto& [to, from] :
-             {std::pair{dk + at, chunk_dk}, std::pair{dv + at, chunk_dv}}) {
+             {std::pair{dk + key * width, chunk_dk}, std::pair{dv + key * width, chunk_dv}}) {
           if (set) {
             std::copy_n(from, seen * width, to);
             std::fill_n(to + seen * width, (size - seen) * width, 0.0f);

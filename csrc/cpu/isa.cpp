@@ -1,3 +1,4 @@
+// Chosen once per process, on first use.
 #include "cpu/isa.h"
 
 #include <cstdlib>
@@ -29,10 +30,11 @@ const char* cpu_isa() {
 #ifdef MOBA_HAVE_AVX512
         {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("fma")},
+                       __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
 #ifdef MOBA_HAVE_AVX2
-        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                     __builtin_cpu_supports("f16c")},
 #endif
         {"generic", true},
     };

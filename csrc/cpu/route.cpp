@@ -1,9 +1,9 @@
 // route: block_ids turned around. For one KV head and one range of queries, a stable counting sort
 // of the chosen (query, head, slot) triples by block: lists come out ascending, whatever the
 // threads do.
-#include "stages.h"
-
 #include <algorithm>
+
+#include "cpu/stages.h"
 
 namespace moba::cpu {
 

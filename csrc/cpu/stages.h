@@ -1,8 +1,8 @@
 // The CPU backend: the five stages over threads, from plain pointers.
 #pragma once
 
-#include "../params.h"
-#include "../plan.h"
+#include "params.h"
+#include "plan.h"
 
 namespace moba::cpu {
 
@@ -31,7 +31,8 @@ void attention(const CpuPlan& plan, ForwardArgs args, int64_t threads, char* wor
 void attention_backward(const CpuPlan& plan, BackwardArgs args, int64_t threads, char* workspace);
 
 // The stages one by one.
-void fill_cu_blocks(const Problem& problem, int64_t* cu_blocks);
+// Fills [batch + 1] int64 in `memory` and returns it.
+const int64_t* fill_cu_blocks(const Problem& problem, void* memory);
 void block_mean(const Problem& problem, const Rows& k, void* kbar);
 void gate_topk(const Problem& problem, const Rows& q, const void* kbar, int32_t* ids, float* scores,
                int64_t threads, char* scratch, int64_t scratch_per_thread);

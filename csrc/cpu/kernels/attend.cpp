@@ -1,7 +1,7 @@
 // attend: partial softmax attention of routed query rows over one block.
 //
 // The rows that read a block stand one per lane, so maximum, sum and mask of the softmax need no
-// exchange between lanes, and a row's result is the same whatever rows it shares a tile with. A
+// exchange between lanes, and a row's sums don't depend on the rows it shares a tile with. A
 // chunk of the block's K and V (chunk_keys) is packed once and stays in L2 for all tiles of rows;
 // within a chunk, 64 keys at a time keep S^T in L1. A block of several chunks merges each chunk
 // into the partial that the previous ones left.
@@ -50,7 +50,7 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const f
 
   i32v limit[N];  // keys of this chunk that each row sees
   int32_t least = INT32_MAX, most = 0;
-  for (int64_t i = 0; i < tile.count; ++i) {
+  for (int64_t i = 0; i < kLanesTotal; ++i) {
     least = tile.limit[i] < least ? tile.limit[i] : least;
     most = tile.limit[i] > most ? tile.limit[i] : most;
   }

@@ -46,15 +46,15 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
   int32_t least = INT32_MAX, most = 0;
   float lse_row[kLanesTotal], delta_row[kLanesTotal];
   for (int64_t i = 0; i < kLanesTotal; ++i) {
-    // A lane without a row has lse +inf: its probabilities, and all that it adds, are zero.
+    least = tile.limit[i] < least ? tile.limit[i] : least;
+    most = tile.limit[i] > most ? tile.limit[i] : most;
+    // Where nothing was attended to, lse +inf makes all probabilities zero.
     lse_row[i] = kInf;
     delta_row[i] = 0.0f;
     if (i >= tile.count) continue;
     const int64_t at = tile.head[i] * problem.tokens_q + tile.query[i];
-    lse_row[i] = params.lse[at];
+    if (params.lse[at] != -kInf) lse_row[i] = params.lse[at];
     delta_row[i] = params.delta[at];
-    least = tile.limit[i] < least ? tile.limit[i] : least;
-    most = tile.limit[i] > most ? tile.limit[i] : most;
   }
   const int64_t end = most - chunk_begin < chunk_size ? most - chunk_begin : chunk_size;
   if (end <= 0) return;
@@ -77,7 +77,8 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
     const bool masked = begin + keys > least - chunk_begin;
     gemm<N, Layout::kRowMajor>(keys, head_dim, k + begin * width, width, q_t, kLanesTotal,
                                [&](int64_t m, int n, f32v sum) {
-                                 f32v p = exp_vec(sum * scale - lse[n]);
+                                 const f32v log_p = sum * scale - lse[n];
+                                 f32v p = exp_vec(log_p > 0.0f ? f32v{} : log_p);
                                  if (masked)
                                    p = limit[n] > static_cast<int32_t>(begin + m) ? p : f32v{};
                                  store(p_t + m * kLanesTotal + n * kLanes, p);

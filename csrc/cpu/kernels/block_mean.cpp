@@ -39,7 +39,7 @@ void block_mean(const Problem& problem, const Rows& k, int64_t first, int64_t la
       if (b < problem.batch) {
         const int64_t begin =
             problem.cu_seqlens_k[b] + (n - problem.cu_blocks[b]) * problem.block_size;
-        complete = begin + problem.block_size <= problem.cu_seqlens_k[b + 1];
+        complete = problem.cu_seqlens_k[b + 1] - begin >= problem.block_size;
         for (int64_t head = 0; complete && head < problem.heads_k; ++head) {
           mean_of_block<T>(problem, k, begin, head, to + head * problem.head_dim);
         }

@@ -24,8 +24,8 @@ using AttendKernel = void(const AttendParams& params, const BlockRows& rows, flo
 using AttendBackwardKernel = void(const AttendBackwardParams& params, const BlockRows& rows,
                                   int64_t chunk_begin, float* dk, float* dv, float* scratch);
 
-// Group rows first .. last of the partials -> out [Tq, Hq, D], lse [Hq, Tq].
-using MergeKernel = void(const Problem& problem, const float* partial_out, const float* partial_lse,
+// Group rows first .. last of the partials -> out [Tq, Hq, D], lse [Hq, Tq]. Uses up partial_lse.
+using MergeKernel = void(const Problem& problem, const float* partial_out, float* partial_lse,
                          int64_t head_k, int64_t query_begin, int64_t first, int64_t last,
                          void* out, float* lse);
 
@@ -57,7 +57,7 @@ struct Kernels {
   StoreKeysKernel* store_keys;
 };
 
-// The best level that this processor runs.
+// The table of the level that cpu_isa() names.
 const Kernels& kernels();
 
 }  // namespace moba

@@ -7,9 +7,8 @@
 namespace moba {
 namespace MOBA_ISA {
 
-void merge(const Problem& problem, const float* partial_out, const float* partial_lse,
-           int64_t head_k, int64_t query_begin, int64_t first, int64_t last, void* out,
-           float* lse) {
+void merge(const Problem& problem, const float* partial_out, float* partial_lse, int64_t head_k,
+           int64_t query_begin, int64_t first, int64_t last, void* out, float* lse) {
   with_dtype(problem.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t group = problem.group(), head_dim = problem.head_dim, width = padded(head_dim);
@@ -17,19 +16,20 @@ void merge(const Problem& problem, const float* partial_out, const float* partia
     for (int64_t row = first; row < last; ++row) {
       const int64_t query = query_begin + row / group, head = head_k * group + row % group;
       T* const to = static_cast<T*>(out) + (query * problem.heads_q + head) * head_dim;
-      const float* const row_lse = partial_lse + row * slots;
-      float top = -kInf;
-      for (int64_t s = 0; s < slots; ++s) top = row_lse[s] > top ? row_lse[s] : top;
-      float total = 0.0f;
+      float* const weight = partial_lse + row * slots;  // of each slot, in the place of its lse
+      float top = -kInf, total = 0.0f;
+      for (int64_t s = 0; s < slots; ++s) top = weight[s] > top ? weight[s] : top;
       for (int64_t s = 0; s < slots; ++s) {
-        if (row_lse[s] != -kInf) total += __builtin_expf(row_lse[s] - top);
+        weight[s] = weight[s] == -kInf ? 0.0f : __builtin_expf(weight[s] - top);
+        total += weight[s];
       }
+      for (int64_t s = 0; s < slots; ++s) weight[s] /= total == 0.0f ? 1.0f : total;
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         f32v sum = {};
         for (int64_t s = 0; s < slots; ++s) {
-          if (row_lse[s] == -kInf) continue;
-          sum += load<f32v>(partial_out + (row * slots + s) * width + d) *
-                 (__builtin_expf(row_lse[s] - top) / total);
+          // A slot without a block has no partial to read.
+          if (weight[s] == 0.0f) continue;
+          sum += load<f32v>(partial_out + (row * slots + s) * width + d) * weight[s];
         }
         store_upto(to + d, sum, head_dim - d);
       }

@@ -7,7 +7,7 @@ namespace moba {
 namespace MOBA_ISA {
 
 struct RowTile {
-  int64_t count;         // rows in use; lanes beyond are zero rows whose results are dropped
+  int64_t count;         // rows in use; lanes beyond see no key, and their results are dropped
   int64_t query[kRows];  // token of q
   int64_t head[kRows];   // query head
   int64_t slot[kRows];   // group row * (K + 1) + slot: row of the partial buffers
@@ -38,7 +38,7 @@ static inline void fill_tile(RowTile& tile, const Problem& problem, const BlockR
     tile.slot[i] = row * (slots + 1) + slot;
     tile.limit[i] = static_cast<int32_t>(limit);
   }
-  for (int64_t i = count; i < kRows; ++i) tile.limit[i] = tile.limit[count - 1];
+  for (int64_t i = count; i < kRows; ++i) tile.limit[i] = 0;
 }
 
 template <typename T>

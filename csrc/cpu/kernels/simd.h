@@ -56,7 +56,8 @@ static inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-static inline f32v splat(float x) { return f32v{} + x; }
+// x - 0 folds into one broadcast; 0 + x would not, because of -0.
+static inline f32v splat(float x) { return x - f32v{}; }
 static inline i32v splat(int32_t x) { return i32v{} + x; }
 
 static inline i32v as_i32(f32v x) { return (i32v)x; }
@@ -144,7 +145,7 @@ struct Convert<float16> {
   static f32v load(const float16* p) {
 #if defined(__AVX512F__)
     return (f32v)_mm512_cvtph_ps((__m256i)MOBA_ISA::load<u16v>(p));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     return (f32v)_mm256_cvtph_ps((__m128i)MOBA_ISA::load<u16v>(p));
 #else
     const u32v u = __builtin_convertvector(MOBA_ISA::load<u16v>(p), u32v);
@@ -158,7 +159,7 @@ struct Convert<float16> {
   static void store(float16* p, f32v x) {
 #if defined(__AVX512F__)
     MOBA_ISA::store(p, (u16v)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     MOBA_ISA::store(p, (u16v)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
     const u32v u = (u32v)x, magnitude = u & 0x7fffffffu;
