@@ -5,9 +5,8 @@
 #include <sstream>
 #include <string>
 
-#include "plan.h"
-
 #include "cpu/isa.h"
+#include "plan.h"
 
 namespace py = pybind11;
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+import os
 import warnings
 from typing import NamedTuple
 
@@ -143,10 +144,11 @@ def _check_max_seqlen(name: str, max_seqlen: object, cu_seqlens: Tensor) -> None
 
 
 def _values_visible(tensor: Tensor) -> bool:
-    """Values are read only where that costs no sync and breaks no graph; the ops check the rest."""
+    """Values are read where that costs no sync and breaks no graph, and under MOBA_DEBUG=1."""
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
-    return tensor.device.type == "cpu"
+    debug = os.environ.get("MOBA_DEBUG") == "1" and tensor.device.type != "meta"
+    return tensor.device.type == "cpu" or debug
 
 
 def _shown(tensor: Tensor) -> str:
@@ -213,7 +215,8 @@ def moba_attention_varlen(
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value; the message names it.
             Inside ``torch.compile`` the values of cu_seqlens are checked by the op, which raises
-            RuntimeError.
+            RuntimeError. On CUDA they are not read, which would wait for the device, unless the
+            environment has MOBA_DEBUG=1.
 
     Source: arXiv 2502.13189, section 2.2.
     """

@@ -23,8 +23,8 @@ static inline void store_partial(float* out, float* lse, const float* row, float
                                  int64_t width, bool first_chunk) {
   float keep = 0.0f, add = 1.0f;
   if (!first_chunk) {
-    const float top = *lse > row_lse ? *lse : row_lse;
     if (row_lse == -kInf) return;
+    const float top = *lse > row_lse ? *lse : row_lse;
     const float a = __builtin_expf(*lse - top), b = __builtin_expf(row_lse - top);
     keep = a / (a + b);
     add = b / (a + b);

@@ -2,8 +2,7 @@
 //
 // n runs along vector lanes and A is broadcast, so no operand is transposed in memory. The products
 // of attention all have this form, the first four with one query row per lane:
-//   S^T = K Q^T      dP^T = V dO^T      O^T = V^T P^T      dQ^T = K^T dS^T      dV = P^T dO      dK
-//   = dS^T Q
+//   S^T = K Q^T    dP^T = V dO^T    O^T = V^T P^T    dQ^T = K^T dS^T    dV = P^T dO    dK = dS^T Q
 #pragma once
 
 #include "simd.h"
@@ -18,12 +17,13 @@ struct Vectors {
   static constexpr int value = N;
 };
 
-// Rows of C held in registers with N vectors each: N operands and one broadcast must fit beside
-// them.
+// Rows of C held in registers, n vectors each: n operands and one broadcast must fit beside them.
+// Rounded down to a size that divides 64 keys or leaves a multiple of 4.
 constexpr int tile_rows(int n) {
   const int rows = (kRegisters - 1 - n) / n;
   return rows >= 12 ? 12 : rows >= 8 ? 8 : rows >= 6 ? 6 : rows >= 4 ? 4 : rows;
 }
+static_assert(tile_rows(1) <= kMaxTileRows, "the planner sizes scratch by kMaxTileRows");
 
 // M x N vectors of C over the whole k loop; `store_sum(m, n, sum)` takes the result.
 template <int M, int N, Layout kLayout, typename StoreSum>
