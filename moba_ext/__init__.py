@@ -5,7 +5,12 @@ Start with :func:`moba_attention_varlen`, or with :func:`register_moba` for Tran
 
 from importlib import import_module
 
-from ._C import build_info as _build_info
+try:
+    from ._C import build_info as _build_info
+except ImportError as error:
+    raise ImportError(
+        f"moba_ext is not built for this Python ({error}): run `pip install -e .` in its folder"
+    ) from error
 from .attention import (
     BlockSelection,
     moba_attention,

@@ -1,8 +1,8 @@
 """Loads the compiled libraries and completes ``torch.ops.moba``: backends, fake tensors, autograd.
 
-Schemas and CPU kernels are in ``csrc/ops.cpp``. ``moba::attention`` returns the block ids because
-an
-autograd formula sees only inputs and outputs: without them the backward would gate and route again.
+Schemas and CPU registration are in ``csrc/ops.cpp``. ``moba::attention`` returns the block ids
+because an autograd formula sees only inputs and outputs: without them the backward would gate
+and route again.
 """
 
 from __future__ import annotations

@@ -6,18 +6,15 @@ One function per stage, in the order in which they run::
 
 Everything here works on packed tensors ``[tokens, heads, head_dim]`` with ``cu_seqlens`` offsets,
 on any device, in any floating dtype including float64, and differentiates through PyTorch's
-autograd.
-It is written to be read, not to be fast: ``attend`` loops over key blocks in Python.
+autograd. It is written to be read, not to be fast: ``attend`` loops over key blocks in Python.
 
 Vocabulary
-    block       ``block_size`` consecutive keys of one sequence; the last one of a sequence may be
-    short.
-    block table all blocks of a batch, sequence after sequence: block ``j`` of sequence ``b`` is row
-                ``cu_blocks[b] + j``. It has ``tokens // block_size + batch`` rows, a bound that
-                shapes alone give, so its last rows may be unused.
+    block       ``block_size`` consecutive keys of one sequence; its last block may be short.
+    block table all blocks of a batch, sequence after sequence: block ``j`` of sequence ``b`` is
+                row ``cu_blocks[b] + j``. It has ``tokens // block_size + batch`` rows, a bound
+                that shapes alone give, so its last rows may be unused.
     position    index of a query among the keys of its sequence. Queries are aligned to the end of
-    the
-                keys, so query ``i`` of ``M`` with ``L`` keys sits at ``L - M + i``, which is
+                the keys, so query ``i`` of ``M`` with ``L`` keys sits at ``L - M + i``, which is
                 negative for a query that comes before the first key.
     own block   the block that holds a query's position: always attended, causally.
     slot        column of ``block_ids``; the own block has the slot after the last column.

@@ -25,8 +25,8 @@ def assert_within_budget(
 
     exact: float64. plain: PyTorch's result in the dtype of ``got``. Infinities must stand in the
     same places. max|exact| counts as least_size where it is less: 1 for a logarithm, whose error is
-    a relative one of what it is the logarithm of. Lists are several draws of one experiment, whose largest errors are compared: the
-    largest error of one small tensor is too much a matter of luck.
+    a relative one of what it is the logarithm of. Lists are several draws of one experiment, whose
+    largest errors are compared: the largest error of one small tensor is too much a matter of luck.
     """
     if isinstance(got, Tensor):
         got, exact, plain = [got], [exact], [plain]
