@@ -32,7 +32,7 @@ static inline void store_partial(float* out, float* lse, const float* row, float
   }
   for (int64_t d = 0; d < width; d += kLanes) {
     f32v x = load<f32v>(row + d) * add;
-    if (!first_chunk) x += load<f32v>(out + d) * keep;
+    if (!first_chunk) x = mul_add(load<f32v>(out + d), splat(keep), x);
     store(out + d, x);
   }
   *lse = row_lse;
@@ -91,13 +91,13 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const f
         sum += weight;
         store(p, weight);
       }
-      softmax[n].sum = softmax[n].sum * alpha[n] + sum;
+      softmax[n].sum = mul_add(softmax[n].sum, alpha[n], sum);
       softmax[n].max = max[n];
     }
     gemm<N, Layout::kColMajor>(head_dim, keys, v + begin * width, width, p_t, kLanesTotal,
                                [&](int64_t m, int n, f32v sum) {
                                  float* o = o_t + m * kLanesTotal + n * kLanes;
-                                 store(o, load<f32v>(o) * alpha[n] + sum);
+                                 store(o, mul_add(load<f32v>(o), alpha[n], sum));
                                });
   }
   float lse[kLanesTotal];

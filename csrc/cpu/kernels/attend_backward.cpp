@@ -77,7 +77,7 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
     const bool masked = begin + keys > least - chunk_begin;
     gemm<N, Layout::kRowMajor>(keys, head_dim, k + begin * width, width, q_t, kLanesTotal,
                                [&](int64_t m, int n, f32v sum) {
-                                 const f32v log_p = sum * scale - lse[n];
+                                 const f32v log_p = mul_add(sum, scale, -lse[n]);
                                  f32v p = exp_vec(log_p > 0.0f ? f32v{} : log_p);
                                  if (masked)
                                    p = limit[n] > static_cast<int32_t>(begin + m) ? p : f32v{};
@@ -154,9 +154,11 @@ void delta(const Problem& problem, const Rows& out, const Rows& dout, const floa
         f32v sum = {};
         int64_t d = 0;
         for (; d + kLanes <= problem.head_dim; d += kLanes)
-          sum += Convert<T>::load(a + d) * Convert<T>::load(b + d);
-        if (d < problem.head_dim)
-          sum += load_part(a + d, problem.head_dim - d) * load_part(b + d, problem.head_dim - d);
+          sum = mul_add(Convert<T>::load(a + d), Convert<T>::load(b + d), sum);
+        if (d < problem.head_dim) {
+          const int64_t rest = problem.head_dim - d;
+          sum = mul_add(load_part(a + d, rest), load_part(b + d, rest), sum);
+        }
         float total = 0.0f;
         for (int i = 0; i < kLanes; ++i) total += sum[i];
         const int64_t at = head * problem.tokens_q + query;

@@ -39,7 +39,7 @@ static inline __attribute__((always_inline)) void gemm_tile(int64_t k_size, cons
     for (int m = 0; m < M; ++m) {
       const f32v x = splat(kLayout == Layout::kRowMajor ? a[m * lda + k] : a[k * lda + m]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] += x * row[n];
+      for (int n = 0; n < N; ++n) sum[m][n] = mul_add(x, row[n], sum[m][n]);
     }
   }
 #pragma GCC unroll 12

@@ -29,7 +29,8 @@ void merge(const Problem& problem, const float* partial_out, float* partial_lse,
         for (int64_t s = 0; s < slots; ++s) {
           // A slot without a block has no partial to read.
           if (weight[s] == 0.0f) continue;
-          sum += load<f32v>(partial_out + (row * slots + s) * width + d) * weight[s];
+          const float* const from = partial_out + (row * slots + s) * width + d;
+          sum = mul_add(load<f32v>(from), splat(weight[s]), sum);
         }
         store_upto(to + d, sum, head_dim - d);
       }

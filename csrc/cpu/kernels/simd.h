@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace moba {
@@ -60,6 +62,20 @@ static inline void store(void* p, V v) {
 static inline f32v splat(float x) { return x - f32v{}; }
 static inline i32v splat(int32_t x) { return i32v{} + x; }
 
+// a * b + c, rounded once where the processor can. Kernels are compiled with contraction off: where
+// the compiler chose, it chose differently for different tile widths, and a row's bits with it.
+static inline f32v mul_add(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 static inline i32v as_i32(f32v x) { return (i32v)x; }
 static inline f32v as_f32(i32v x) { return (f32v)x; }
 
@@ -85,16 +101,17 @@ static inline f32v exp_vec(f32v x) {
   const f32v low = splat(-87.3365447f);   // log(2^-126)
   const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer
   const f32v y = x < low ? low : x;
-  const f32v t = y * 1.44269504f + magic;
+  const f32v t = mul_add(y, splat(1.44269504f), magic);
   const f32v n = t - magic;
-  const f32v f = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // -0.35 .. 0.35
+  // -0.35 .. 0.35
+  const f32v f = mul_add(n, splat(2.12194440e-4f), mul_add(n, splat(-0.693359375f), y));
   f32v p = splat(1.38436536e-3f);
-  p = p * f + 8.3741554e-3f;
-  p = p * f + 4.1668002e-2f;
-  p = p * f + 1.66664313e-1f;
-  p = p * f + 4.99999942e-1f;
-  p = p * f + 1.00000003f;
-  p = p * f + 1.0f;
+  p = mul_add(p, f, splat(8.3741554e-3f));
+  p = mul_add(p, f, splat(4.1668002e-2f));
+  p = mul_add(p, f, splat(1.66664313e-1f));
+  p = mul_add(p, f, splat(4.99999942e-1f));
+  p = mul_add(p, f, splat(1.00000003f));
+  p = mul_add(p, f, splat(1.0f));
   f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
   r = x < low ? f32v{} : r;
   return x == x ? r : x;
