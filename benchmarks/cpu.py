@@ -1,8 +1,8 @@
 """Compiled CPU backend against full causal attention of the same tensors, in one process.
 
-    python benchmarks/cpu.py            measures, writes benchmarks/results/cpu.json, prints a table
-    python benchmarks/cpu.py --table    prints the table of the committed results
-    python benchmarks/cpu.py --readme   puts that table into README.md
+    python benchmarks/cpu.py                measures, writes benchmarks/results/cpu.json
+    python benchmarks/cpu.py --name NAME    the same into benchmarks/results/NAME.json
+    python benchmarks/cpu.py --readme       puts the tables of all results into README.md
 
 Every figure is the median of alternating runs after one warm-up. Forward runs in grad mode, saving
 what the backward needs. `pairs` is how many times fewer (query, key) pairs MoBA computes.
@@ -26,7 +26,7 @@ import moba_ext
 from moba_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
 HEADS, HEAD_DIM = 4, 64
 
 
@@ -57,6 +57,11 @@ def cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def has_amx() -> bool:
+    """Matrix units, which PyTorch's bfloat16 attention uses and ours doesn't."""
+    return " amx_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 def timed(function):
@@ -111,6 +116,7 @@ def measure() -> dict:
         print(f"{row.length} {row.dtype}: {rows[-1]['seconds']}", file=sys.stderr)
     return {
         "cpu": cpu_model(),
+        "amx": has_amx(),
         "threads": torch.get_num_threads(),
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
@@ -122,10 +128,8 @@ def measure() -> dict:
 
 def table(results: dict) -> str:
     lines = [
-        f"{HEADS} heads, head_dim {HEAD_DIM}; {results['cpu']}, {results['threads']} threads, "
-        f"{results['isa']} kernels, torch {results['torch']}. Seconds; `{results['command']}`. "
-        "The gate (block_mean and gate_topk) is part of the forward; SDPA is PyTorch's full causal "
-        "attention, `scaled_dot_product_attention`.",
+        f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels, "
+        f"{'with' if results['amx'] else 'no'} AMX, torch {results['torch']}:",
         "",
         "| S | block, topk | dtype | fewer pairs | gate | forward | backward | "
         "SDPA forward | SDPA backward | speed-up forward | forward + backward |",
@@ -155,6 +159,17 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def tables() -> str:
+    """Of all committed results, with what is common to them."""
+    intro = (
+        f"{HEADS} heads, head_dim {HEAD_DIM}. Seconds, from `python benchmarks/cpu.py`. The gate "
+        "(block_mean and gate_topk) is part of the forward; SDPA is PyTorch's full causal "
+        "attention, `scaled_dot_product_attention`."
+    )
+    files = sorted(RESULTS.glob("cpu*.json"))
+    return "\n\n".join([intro, *(table(json.loads(file.read_text())) for file in files)])
+
+
 def put_into_readme(text: str) -> None:
     readme = ROOT / "README.md"
     begin, end = "<!-- benchmarks/cpu.py begin -->\n", "<!-- benchmarks/cpu.py end -->"
@@ -164,16 +179,16 @@ def put_into_readme(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="print the committed results")
-    parser.add_argument("--readme", action="store_true", help="put them into README.md")
+    parser.add_argument("--name", default="cpu", help="of the result file (cpu)")
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables")
     options = parser.parse_args()
-    if not (options.table or options.readme):
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
-    text = table(json.loads(RESULTS.read_text()))
     if options.readme:
-        put_into_readme(text)
-    print(text)
+        put_into_readme(tables())
+        return
+    results = measure()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":
