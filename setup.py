@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "build_backend"))
+# Importable only from here on: the in-tree build backend is not an installed package.
 from moba_build import find_torch  # noqa: E402
 
 

@@ -22,8 +22,7 @@ __all__ = [
     "select_blocks",
 ]
 
-_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REFERENCE_DTYPES = (*_COMPILED_DTYPES, torch.float64)
+_REFERENCE_DTYPES = (*ops.COMPILED_DTYPES, torch.float64)
 
 
 class BlockSelection(NamedTuple):

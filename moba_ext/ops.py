@@ -19,7 +19,7 @@ _BUILD_CUDA = (
     "moba_ext was built without its CUDA library: install it again with MOBA_CUDA=1 set "
     "(needs nvcc; MOBA_CUDA_ARCHS=90a names the GPU architecture), or use CPU tensors"
 )
-_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _load_libraries() -> str | None:
@@ -49,7 +49,7 @@ def cuda_status() -> str | None:
 
 def _why_not_cpu(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the cpu backend can't take such tensors, in words that follow "q has"; None if it can."""
-    if dtype not in _COMPILED_DTYPES:
+    if dtype not in COMPILED_DTYPES:
         return f"dtype {dtype}, and compiled backends take float32, bfloat16 and float16"
     if head_dim % 8 or not 8 <= head_dim <= 256:
         return f"head_dim {head_dim}, and compiled backends take multiples of 8 from 8 to 256"
@@ -84,7 +84,7 @@ def resolve_backend(
         return "cpu", "compiled kernels for CPU tensors" if backend == "auto" else "asked for"
     if backend == "auto":
         return "reference", f"q has {reason}"
-    raise (TypeError if dtype not in _COMPILED_DTYPES else ValueError)(
+    raise (TypeError if dtype not in COMPILED_DTYPES else ValueError)(
         f"backend is '{backend}', but q has {reason}"
     )
 

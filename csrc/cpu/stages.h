@@ -30,9 +30,10 @@ struct BackwardArgs {
 void attention(const CpuPlan& plan, ForwardArgs args, int64_t threads, char* workspace);
 void attention_backward(const CpuPlan& plan, BackwardArgs args, int64_t threads, char* workspace);
 
-// The stages one by one.
-// Fills [batch + 1] int64 in `memory` and returns it.
+// problem.cu_blocks, [batch + 1] int64, into `memory`; returns it.
 const int64_t* fill_cu_blocks(const Problem& problem, void* memory);
+
+// The stages before attend, one by one.
 void block_mean(const Problem& problem, const Rows& k, void* kbar);
 void gate_topk(const Problem& problem, const Rows& q, const void* kbar, int32_t* ids, float* scores,
                int64_t threads, char* scratch, int64_t scratch_per_thread);
