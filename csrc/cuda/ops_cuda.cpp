@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
-#include "cuda/block_mean.h"
+#include "cuda/stages.h"
 
 namespace {
 
@@ -33,6 +33,17 @@ moba::DType kernel_dtype(const Tensor& tensor, const char* name) {
   }
 }
 
+// Fills problem.cu_blocks; the returned tensor owns the memory.
+Tensor with_cu_blocks(moba::Problem& problem, const Tensor& cu_seqlens, int64_t max_seqlen_q,
+                      int64_t max_seqlen_k) {
+  Tensor cu_blocks = torch::stable::new_empty(cu_seqlens, {problem.batch + 1}, ScalarType::Long);
+  auto* const data = static_cast<int64_t*>(cu_blocks.mutable_data_ptr());
+  STD_CUDA_CHECK(
+      moba::cuda::metadata(problem, max_seqlen_q, max_seqlen_k, data, current_stream(cu_seqlens)));
+  problem.cu_blocks = data;
+  return cu_blocks;
+}
+
 // k [Tk, Hk, D], cu_seqlens_k int32 [batch + 1] -> kbar [Tk / block_size + batch, Hk, D]
 Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_size) {
   MOBA_CHECK(k.dim() == 3, "k must be [Tk, Hk, D], got ", k.dim(), " dimensions");
@@ -49,23 +60,20 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
 
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  moba::cuda::BlockMeanParams params{};
-  params.dtype = kernel_dtype(k, "k");
-  params.tokens = k.size(0);
-  params.batch = cu_seqlens_k.numel() - 1;
-  params.heads = k.size(1);
-  params.head_dim = k.size(2);
-  params.block_size = block_size;
-  params.rows = params.tokens / block_size + params.batch;
-  Tensor kbar = torch::stable::new_empty(k, {params.rows, params.heads, params.head_dim});
-  Tensor cu_blocks = torch::stable::new_empty(cu_seqlens_k, {params.batch + 1}, ScalarType::Long);
-  params.k = k.data_ptr();
-  params.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.data_ptr());
-  params.k_token_stride = k.stride(0);
-  params.k_head_stride = k.stride(1);
-  params.cu_blocks = static_cast<int64_t*>(cu_blocks.data_ptr());
-  params.kbar = kbar.data_ptr();
-  STD_CUDA_CHECK(moba::cuda::block_mean(params, current_stream(k)));
+  moba::Problem problem{};
+  problem.dtype = kernel_dtype(k, "k");
+  problem.tokens_k = k.size(0);
+  problem.batch = cu_seqlens_k.numel() - 1;
+  problem.heads_k = k.size(1);
+  problem.head_dim = k.size(2);
+  problem.block_size = block_size;
+  problem.num_blocks = problem.tokens_k / block_size + problem.batch;
+  problem.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
+  const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_k, INT32_MAX, INT32_MAX);
+  Tensor kbar =
+      torch::stable::new_empty(k, {problem.num_blocks, problem.heads_k, problem.head_dim});
+  STD_CUDA_CHECK(moba::cuda::block_mean(problem, {k.const_data_ptr(), k.stride(0), k.stride(1)},
+                                        kbar.mutable_data_ptr(), current_stream(k)));
   return kbar;
 }
 
