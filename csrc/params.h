@@ -82,11 +82,12 @@ struct AttendBackwardParams {
 };
 
 // Sizes that fix the workspace and the order of sums; the same for every instruction-set level.
-constexpr int64_t kPad =
-    16;  // floats in a vector of the widest level: buffer rows are whole vectors
+constexpr int64_t kPad = 32;          // buffer rows are whole vectors, in either operand format
 constexpr int64_t kMaxRows = 48;      // most rows in a tile
 constexpr int64_t kKeyTile = 64;      // keys whose scores are held at a time
 constexpr int64_t kMaxTileRows = 12;  // most rows of a product held in registers
+
+static_assert(kKeyTile % kPad == 0, "a key tile is whole vectors too");
 
 static inline int64_t padded(int64_t head_dim) { return round_up(head_dim, kPad); }
 

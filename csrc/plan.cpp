@@ -83,7 +83,7 @@ CpuPlan plan_cpu(const Shape& shape, int64_t threads) {
   plan.query_ranges = ceil_div(tokens_q, plan.queries_per_group);
   const int64_t group_rows = plan.heads_per_group * plan.queries_per_group * group;
   const int64_t lists = plan.heads_per_group * plan.num_blocks;  // (KV head, block) of a group
-  const int64_t chunk = chunk_keys(plan.block_size, shape.head_dim);
+  const int64_t chunk = round_up(chunk_keys(plan.block_size, shape.head_dim), kKeyTile);
 
   Layout layout;
   plan.cu_blocks = layout.add((shape.batch + 1) * 8);

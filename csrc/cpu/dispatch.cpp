@@ -6,6 +6,16 @@
 
 namespace moba {
 
+#ifdef MOBA_HAVE_AMX
+namespace amx {
+extern const Kernels table;
+}
+#endif
+#ifdef MOBA_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 #ifdef MOBA_HAVE_AVX512
 namespace avx512 {
 extern const Kernels table;
@@ -23,6 +33,12 @@ extern const Kernels table;
 const Kernels& kernels() {
   static const Kernels* const chosen = [] {
     const Kernels* const tables[] = {
+#ifdef MOBA_HAVE_AMX
+        &amx::table,
+#endif
+#ifdef MOBA_HAVE_AVX512_BF16
+        &avx512_bf16::table,
+#endif
 #ifdef MOBA_HAVE_AVX512
         &avx512::table,
 #endif

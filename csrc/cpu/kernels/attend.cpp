@@ -39,14 +39,16 @@ static inline void store_partial(float* out, float* lse, const float* row, float
 }
 
 template <typename T, int N>
-static void attend_tile(const AttendParams& params, const RowTile& tile, const float* k,
-                        const float* v, int64_t chunk_begin, int64_t chunk_size, float* scratch) {
+static void attend_tile(const AttendParams& params, const RowTile& tile, const Chunk& chunk,
+                        int64_t chunk_begin, int64_t chunk_size, float* scratch) {
   constexpr int64_t kLanesTotal = N * kLanes;
-  const int64_t head_dim = params.problem.head_dim, width = padded(head_dim);
-  float* const rows = scratch;              // [rows, width] q, then out
-  float* const q_t = rows + kRows * width;  // [width, rows]
-  float* const o_t = q_t + kRows * width;   // [width, rows]
-  float* const p_t = o_t + kRows * width;   // [kKeyTile, rows]
+  constexpr int kPer = kPerWord<T>;
+  const int64_t head_dim = params.problem.head_dim, width = padded(head_dim), words = width / kPer;
+  const int64_t depth = kPer == 1 ? head_dim : words;  // words that hold head_dim
+  float* const rows = scratch;                         // [rows, words] q, then [rows, width] out
+  float* const q_t = rows + kRows * width;             // [words, rows]
+  float* const o_t = q_t + kRows * width;              // [width, rows]
+  float* const p_t = o_t + kRows * width;              // [kKeyTile, rows]
 
   i32v limit[N];  // keys of this chunk that each row sees
   int32_t least = INT32_MAX, most = 0;
@@ -59,8 +61,8 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const f
   for (int n = 0; n < N; ++n)
     limit[n] = load<i32v>(tile.limit + n * kLanes) - static_cast<int32_t>(chunk_begin);
 
-  gather_rows<T>(rows, width, params.q, tile, kLanesTotal, head_dim);
-  transpose(q_t, kLanesTotal, rows, width, kLanesTotal, width);
+  gather_rows<T>(rows, words, params.q, tile, kLanesTotal, head_dim);
+  transpose(q_t, kLanesTotal, rows, words, kLanesTotal, words);
   std::memset(o_t, 0, kLanesTotal * width * sizeof(float));
 
   Softmax softmax[N];
@@ -70,15 +72,14 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const f
     const bool masked = begin + keys > least - chunk_begin;
     f32v max[N], alpha[N];
     for (int n = 0; n < N; ++n) max[n] = softmax[n].max;
-    gemm<N, Layout::kRowMajor>(keys, head_dim, k + begin * width, width, q_t, kLanesTotal,
-                               [&](int64_t m, int n, f32v sum) {
-                                 f32v s = sum * scale;
-                                 if (masked)
-                                   s = limit[n] > static_cast<int32_t>(begin + m) ? s
-                                                                                  : splat(-kInf);
-                                 max[n] = max_number(s, max[n]);
-                                 store(p_t + m * kLanesTotal + n * kLanes, s);
-                               });
+    gemm<kPer, N, Layout::kRowMajor>(
+        keys, depth, chunk.k + begin * words, words, q_t, kLanesTotal,
+        [&](int64_t m, int n, f32v sum) {
+          f32v s = sum * scale;
+          if (masked) s = limit[n] > static_cast<int32_t>(begin + m) ? s : splat(-kInf);
+          max[n] = max_number(s, max[n]);
+          store(p_t + m * kLanesTotal + n * kLanes, s);
+        });
     for (int n = 0; n < N; ++n) {
       // A row that has seen no key yet keeps max -inf; 0 in its place makes every weight exp(-inf)
       // = 0.
@@ -94,11 +95,12 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const f
       softmax[n].sum = mul_add(softmax[n].sum, alpha[n], sum);
       softmax[n].max = max[n];
     }
-    gemm<N, Layout::kColMajor>(head_dim, keys, v + begin * width, width, p_t, kLanesTotal,
-                               [&](int64_t m, int n, f32v sum) {
-                                 float* o = o_t + m * kLanesTotal + n * kLanes;
-                                 store(o, mul_add(load<f32v>(o), alpha[n], sum));
-                               });
+    if constexpr (kPer == 2) pair_keys(p_t, keys, kLanesTotal);
+    gemm_over_keys<T, N>(head_dim, begin, keys, chunk.over_keys, chunk.stride, p_t,
+                         [&](int64_t m, int n, f32v sum) {
+                           float* o = o_t + m * kLanesTotal + n * kLanes;
+                           store(o, mul_add(load<f32v>(o), alpha[n], sum));
+                         });
   }
   float lse[kLanesTotal];
   f32v inverse[N];
@@ -122,33 +124,22 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const f
 }
 
 void attend(const AttendParams& params, const BlockRows& rows, float* scratch) {
+  const TileRegisters tile_registers;
   with_dtype(params.problem.dtype, [&](auto type) {
     using T = decltype(type);
     const Problem& problem = params.problem;
-    const int64_t width = padded(problem.head_dim),
-                  chunk = chunk_keys(problem.block_size, problem.head_dim);
-    float* const k = scratch;
-    float* const v = k + chunk * width;
-    float* const rest = v + chunk * width;
+    const int64_t most = chunk_keys(problem.block_size, problem.head_dim);
     const int64_t keys = visible_keys(problem, rows);
+    float* const rest = scratch + 2 * round_up(most, kKeyTile) * padded(problem.head_dim);
     RowTile tile;
-    for (int64_t begin = 0; begin < keys; begin += chunk) {
-      const int64_t size = keys - begin < chunk ? keys - begin : chunk;
-      pack_keys<T>(k, width, params.k, rows.block.key_begin + begin, size, rows.head_k,
-                   problem.head_dim);
-      pack_keys<T>(v, width, params.v, rows.block.key_begin + begin, size, rows.head_k,
-                   problem.head_dim);
-      for (int64_t first = rows.first; first < rows.last; first += kRows) {
-        const int64_t count = rows.last - first < kRows ? rows.last - first : kRows;
+    for (int64_t begin = 0; begin < keys; begin += most) {
+      const int64_t size = keys - begin < most ? keys - begin : most;
+      const Chunk chunk = pack_chunk<T>(scratch, problem, params.k, params.v, rows, begin, size,
+                                        OverKeys::kV, rest);
+      for_each_tile<T>(rows, [&](auto vectors, int64_t first, int64_t count) {
         fill_tile(tile, problem, rows, first, count);
-        if (count <= kLanes) {
-          attend_tile<T, 1>(params, tile, k, v, begin, size, rest);
-        } else if (count <= 2 * kLanes) {
-          attend_tile<T, 2>(params, tile, k, v, begin, size, rest);
-        } else {
-          attend_tile<T, 3>(params, tile, k, v, begin, size, rest);
-        }
-      }
+        attend_tile<T, decltype(vectors)::value>(params, tile, chunk, begin, size, rest);
+      });
     }
   });
 }

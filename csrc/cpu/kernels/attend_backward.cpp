@@ -11,37 +11,46 @@
 namespace moba {
 namespace MOBA_ISA {
 
-// to[m][0 .. width) += sum_r a_t[m][r] * b[r][0 .. width), columns along lanes.
-static inline void add_outer(float* to, const float* a_t, int64_t keys, int64_t rows,
-                             const float* b, int64_t width) {
+// to[m][0 .. width) += sum over rows of a[m][row] * b[row][0 .. width), columns along lanes;
+// `words` of rows.
+template <typename T>
+static inline void add_outer(float* to, const float* a, int64_t keys, int64_t words, const float* b,
+                             int64_t width) {
   const auto columns = [&](auto vectors, int64_t d) {
     constexpr int kN = decltype(vectors)::value;
-    gemm<kN, Layout::kRowMajor>(keys, rows, a_t, rows, b + d, width,
-                                [&](int64_t m, int n, f32v sum) {
-                                  float* x = to + m * width + d + n * kLanes;
-                                  store(x, load<f32v>(x) + sum);
-                                });
+    gemm<kPerWord<T>, kN, Layout::kRowMajor>(keys, words, a, words, b + d, width,
+                                             [&](int64_t m, int n, f32v sum) {
+                                               float* x = to + m * width + d + n * kLanes;
+                                               store(x, load<f32v>(x) + sum);
+                                             });
   };
+  constexpr int kMost = kMaxColumns<T>;
   int64_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes) columns(Vectors<4>{}, d);
+  for (; d + kMost * kLanes <= width; d += kMost * kLanes) columns(Vectors<kMost>{}, d);
   for (; d + 2 * kLanes <= width; d += 2 * kLanes) columns(Vectors<2>{}, d);
-  for (; d < width; d += kLanes) columns(Vectors<1>{}, d);
 }
 
 template <typename T, int N>
 static void attend_backward_tile(const AttendBackwardParams& params, const RowTile& tile,
-                                 const float* k, const float* v, int64_t chunk_begin,
-                                 int64_t chunk_size, float* dk, float* dv, float* scratch) {
+                                 const Chunk& chunk, int64_t chunk_begin, int64_t chunk_size,
+                                 float* dk, float* dv, float* scratch) {
   constexpr int64_t kLanesTotal = N * kLanes;
   const Problem& problem = params.problem;
-  const int64_t head_dim = problem.head_dim, width = padded(head_dim);
-  float* const q = scratch;                    // [rows, width]
-  float* const dout = q + kRows * width;       // [rows, width]
-  float* const q_t = dout + kRows * width;     // [width, rows]
-  float* const dout_t = q_t + kRows * width;   // [width, rows]
-  float* const dq_t = dout_t + kRows * width;  // [width, rows]
-  float* const p_t = dq_t + kRows * width;     // [kKeyTile, rows]
-  float* const ds_t = p_t + kRows * kKeyTile;  // [kKeyTile, rows]
+  constexpr int kPer = kPerWord<T>;
+  constexpr int64_t kRowWords = kPer == 2 ? kLanes : kLanesTotal;  // of operands along rows
+  const int64_t head_dim = problem.head_dim, width = padded(head_dim), words = width / kPer;
+  const int64_t depth = kPer == 1 ? head_dim : words;  // words that hold head_dim
+  float* const q = scratch;                            // [rows, words], at last dq [rows, width]
+  float* const dout = q + kRows * width;               // [rows, words]
+  float* const q_t = dout + kRows * width;             // [words, rows]
+  float* const dout_t = q_t + kRows * width;           // [words, rows]
+  float* const dq_t = dout_t + kRows * width;          // [width, rows]
+  float* const p_t = dq_t + kRows * width;             // [kKeyTile, rows]
+  float* const ds_t = p_t + kRows * kKeyTile;          // [kKeyTile, rows]
+  // Operands along rows: of q and dout [kRowWords, width], of dS^T [kKeyTile, kRowWords].
+  float* const q_rows = kPer == 2 ? q + kLanes * width : q;
+  float* const dout_rows = kPer == 2 ? dout + kLanes * width : dout;
+  float* const ds_rows = kPer == 2 ? p_t + kKeyTile * 2 * kLanes : ds_t;
 
   int32_t least = INT32_MAX, most = 0;
   float lse_row[kLanesTotal], delta_row[kLanesTotal];
@@ -65,39 +74,50 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
     lse[n] = load<f32v>(lse_row + n * kLanes);
     delta[n] = load<f32v>(delta_row + n * kLanes);
   }
-  gather_rows<T>(q, width, params.q, tile, kLanesTotal, head_dim);
-  gather_rows<T>(dout, width, params.dout, tile, kLanesTotal, head_dim);
-  transpose(q_t, kLanesTotal, q, width, kLanesTotal, width);
-  transpose(dout_t, kLanesTotal, dout, width, kLanesTotal, width);
+  gather_rows<T>(q, words, params.q, tile, kPer * kRowWords, head_dim);
+  gather_rows<T>(dout, words, params.dout, tile, kPer * kRowWords, head_dim);
+  transpose(q_t, kLanesTotal, q, words, kLanesTotal, words);
+  transpose(dout_t, kLanesTotal, dout, words, kLanesTotal, words);
+  if constexpr (kPer == 2) {
+    pair_rows(q_rows, q, 2 * kLanes, width);
+    pair_rows(dout_rows, dout, 2 * kLanes, width);
+  }
   std::memset(dq_t, 0, kLanesTotal * width * sizeof(float));
 
   const f32v scale = splat(params.softmax_scale);
   for (int64_t begin = 0; begin < end; begin += kKeyTile) {
     const int64_t keys = end - begin < kKeyTile ? end - begin : kKeyTile;
     const bool masked = begin + keys > least - chunk_begin;
-    gemm<N, Layout::kRowMajor>(keys, head_dim, k + begin * width, width, q_t, kLanesTotal,
-                               [&](int64_t m, int n, f32v sum) {
-                                 const f32v log_p = mul_add(sum, scale, -lse[n]);
-                                 f32v p = exp_vec(log_p > 0.0f ? f32v{} : log_p);
-                                 if (masked)
-                                   p = limit[n] > static_cast<int32_t>(begin + m) ? p : f32v{};
-                                 store(p_t + m * kLanesTotal + n * kLanes, p);
-                               });
-    gemm<N, Layout::kRowMajor>(keys, head_dim, v + begin * width, width, dout_t, kLanesTotal,
-                               [&](int64_t m, int n, f32v sum) {
-                                 const int64_t at = m * kLanesTotal + n * kLanes;
-                                 f32v ds = load<f32v>(p_t + at) * (sum - delta[n]);
-                                 if (masked)
-                                   ds = limit[n] > static_cast<int32_t>(begin + m) ? ds : f32v{};
-                                 store(ds_t + at, ds);
-                               });
-    add_outer(dv + begin * width, p_t, keys, kLanesTotal, dout, width);
-    gemm<N, Layout::kColMajor>(head_dim, keys, k + begin * width, width, ds_t, kLanesTotal,
-                               [&](int64_t m, int n, f32v sum) {
-                                 float* x = dq_t + m * kLanesTotal + n * kLanes;
-                                 store(x, load<f32v>(x) + sum);
-                               });
-    add_outer(dk + begin * width, ds_t, keys, kLanesTotal, q, width);
+    gemm<kPer, N, Layout::kRowMajor>(keys, depth, chunk.k + begin * words, words, q_t, kLanesTotal,
+                                     [&](int64_t m, int n, f32v sum) {
+                                       const f32v log_p = mul_add(sum, scale, -lse[n]);
+                                       f32v p = exp_vec(log_p > 0.0f ? f32v{} : log_p);
+                                       if (masked)
+                                         p = limit[n] > static_cast<int32_t>(begin + m) ? p
+                                                                                        : f32v{};
+                                       store(p_t + m * kLanesTotal + n * kLanes, p);
+                                     });
+    gemm<kPer, N, Layout::kRowMajor>(keys, depth, chunk.v + begin * words, words, dout_t,
+                                     kLanesTotal, [&](int64_t m, int n, f32v sum) {
+                                       const int64_t at = m * kLanesTotal + n * kLanes;
+                                       f32v ds = load<f32v>(p_t + at) * (sum - delta[n]);
+                                       if (masked)
+                                         ds = limit[n] > static_cast<int32_t>(begin + m) ? ds
+                                                                                         : f32v{};
+                                       store(ds_t + at, ds);
+                                     });
+    if constexpr (kPer == 2) {
+      pair_lanes(p_t, p_t, keys, kLanesTotal);
+      pair_lanes(ds_rows, ds_t, keys, kLanesTotal);
+      pair_keys(ds_t, keys, kLanesTotal);
+    }
+    add_outer<T>(dv + begin * width, p_t, keys, kRowWords, dout_rows, width);
+    gemm_over_keys<T, N>(head_dim, begin, keys, chunk.over_keys, chunk.stride, ds_t,
+                         [&](int64_t m, int n, f32v sum) {
+                           float* x = dq_t + m * kLanesTotal + n * kLanes;
+                           store(x, load<f32v>(x) + sum);
+                         });
+    add_outer<T>(dk + begin * width, ds_rows, keys, kRowWords, q_rows, width);
   }
   transpose(q, width, dq_t, kLanesTotal, width, kLanesTotal);
   for (int64_t i = 0; i < tile.count; ++i) {
@@ -112,34 +132,25 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
 
 void attend_backward(const AttendBackwardParams& params, const BlockRows& rows, int64_t chunk_begin,
                      float* dk, float* dv, float* scratch) {
+  const TileRegisters tile_registers;
   with_dtype(params.problem.dtype, [&](auto type) {
     using T = decltype(type);
     const Problem& problem = params.problem;
     const int64_t width = padded(problem.head_dim),
-                  chunk = chunk_keys(problem.block_size, problem.head_dim);
+                  most = chunk_keys(problem.block_size, problem.head_dim);
     const int64_t keys = visible_keys(problem, rows) - chunk_begin;
-    const int64_t size = keys < chunk ? keys : chunk;
-    float* const k = scratch;
-    float* const v = k + chunk * width;
-    float* const rest = v + chunk * width;
-    pack_keys<T>(k, width, params.k, rows.block.key_begin + chunk_begin, size, rows.head_k,
-                 problem.head_dim);
-    pack_keys<T>(v, width, params.v, rows.block.key_begin + chunk_begin, size, rows.head_k,
-                 problem.head_dim);
+    const int64_t size = keys < most ? keys : most;
+    float* const rest = scratch + 2 * round_up(most, kKeyTile) * width;
+    const Chunk chunk = pack_chunk<T>(scratch, problem, params.k, params.v, rows, chunk_begin, size,
+                                      OverKeys::kK, rest);
     std::memset(dk, 0, size * width * sizeof(float));
     std::memset(dv, 0, size * width * sizeof(float));
     RowTile tile;
-    for (int64_t first = rows.first; first < rows.last; first += kRows) {
-      const int64_t count = rows.last - first < kRows ? rows.last - first : kRows;
+    for_each_tile<T>(rows, [&](auto vectors, int64_t first, int64_t count) {
       fill_tile(tile, problem, rows, first, count);
-      if (count <= kLanes) {
-        attend_backward_tile<T, 1>(params, tile, k, v, chunk_begin, size, dk, dv, rest);
-      } else if (count <= 2 * kLanes) {
-        attend_backward_tile<T, 2>(params, tile, k, v, chunk_begin, size, dk, dv, rest);
-      } else {
-        attend_backward_tile<T, 3>(params, tile, k, v, chunk_begin, size, dk, dv, rest);
-      }
-    }
+      attend_backward_tile<T, decltype(vectors)::value>(params, tile, chunk, chunk_begin, size, dk,
+                                                        dv, rest);
+    });
   });
 }
 

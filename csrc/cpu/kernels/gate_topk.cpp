@@ -119,8 +119,8 @@ static void gate_rows(const Problem& problem, const Rows& q, const T* kbar, cons
                kbar + ((tile.first_block + j + i) * problem.heads_k + head_k) * head_dim, head_dim);
     }
     f32v s[kBlocks][N];
-    gemm<N, Layout::kRowMajor>(some, head_dim, centroids, width, q_t, kLanesTotal,
-                               [&](int64_t m, int n, f32v sum) { s[m][n] = sum; });
+    gemm<1, N, Layout::kRowMajor>(some, head_dim, centroids, width, q_t, kLanesTotal,
+                                  [&](int64_t m, int n, f32v sum) { s[m][n] = sum; });
     for (int64_t i = 0; i < some; ++i) {
       for (int n = 0; n < N; ++n)
         offer(lists[n], static_cast<int32_t>(j + i), rank_of(s[i][n]), past_v[n]);

@@ -3,6 +3,10 @@
 // n runs along vector lanes and A is broadcast, so no operand is transposed in memory. The products
 // of attention all have this form, the first four with one query row per lane:
 //   S^T = K Q^T    dP^T = V dO^T    O^T = V^T P^T    dQ^T = K^T dS^T    dV = P^T dO    dK = dS^T Q
+//
+// An operand is an array of 32-bit words, typed float. A word holds one value along k or, where the
+// processor multiplies bfloat16 (kPerWord), two consecutive ones, the first in its low half: the
+// products are then the same ones over half as many words. Sums are fp32 either way.
 #pragma once
 
 #include "simd.h"
@@ -11,6 +15,14 @@ namespace moba {
 namespace MOBA_ISA {
 
 enum class Layout { kRowMajor, kColMajor };  // A(m, k) is a[m * lda + k] or a[k * lda + m]
+
+// Values along k in a word of an operand made from T.
+template <typename T>
+constexpr int kPerWord = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kPerWord<bfloat16> = 2;
+#endif
 
 template <int N>
 struct Vectors {
@@ -25,21 +37,38 @@ constexpr int tile_rows(int n) {
 }
 static_assert(tile_rows(1) <= kMaxTileRows, "the planner sizes scratch by kMaxTileRows");
 
+template <int kPer>
+static inline f32v splat_word(const float* word) {
+  // Two bfloat16 are no number: no arithmetic may touch their bits.
+  if constexpr (kPer == 2) return as_f32(splat(load<int32_t>(word)));
+  return splat(*word);
+}
+
+// a * b + c for every value of a word.
+template <int kPer>
+static inline f32v mul_add_words(f32v a, f32v b, f32v c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPer == 2) return (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+  return mul_add(a, b, c);
+}
+
 // M x N vectors of C over the whole k loop; `store_sum(m, n, sum)` takes the result.
-template <int M, int N, Layout kLayout, typename StoreSum>
-static inline __attribute__((always_inline)) void gemm_tile(int64_t k_size, const float* a,
+template <int kPer, int M, int N, Layout kLayout, typename StoreSum>
+static inline __attribute__((always_inline)) void gemm_tile(int64_t words, const float* a,
                                                             int64_t lda, const float* b,
                                                             int64_t ldb, StoreSum store_sum) {
   f32v sum[M][N] = {};
-  for (int64_t k = 0; k < k_size; ++k) {
+  for (int64_t k = 0; k < words; ++k) {
     f32v row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * ldb + n * kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const f32v x = splat(kLayout == Layout::kRowMajor ? a[m * lda + k] : a[k * lda + m]);
+      const f32v x =
+          splat_word<kPer>(a + (kLayout == Layout::kRowMajor ? m * lda + k : k * lda + m));
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] = mul_add(x, row[n], sum[m][n]);
+      for (int n = 0; n < N; ++n) sum[m][n] = mul_add_words<kPer>(x, row[n], sum[m][n]);
     }
   }
 #pragma GCC unroll 12
@@ -49,19 +78,109 @@ static inline __attribute__((always_inline)) void gemm_tile(int64_t k_size, cons
   }
 }
 
-// m_size rows of C, N vectors wide.
-template <int N, Layout kLayout, typename StoreSum>
-static inline void gemm(int64_t m_size, int64_t k_size, const float* a, int64_t lda, const float* b,
+#if defined(__AMX_BF16__)
+constexpr int64_t kTile = 16;  // rows of a tile register, and words in each
+
+// Gives the calling thread eight full tiles for as long as this lives.
+struct TileRegisters {
+  TileRegisters() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = kTile * 4;
+      config.rows[i] = kTile;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// kBlocks x N tiles of C, kTile rows each. Reads whole tiles of A and B: `words` is a multiple of
+// kTile, and A has kBlocks * kTile rows in memory, whatever is in those beyond its last.
+template <int kBlocks, int N>
+static inline void gemm_tiles(int64_t words, const float* a, int64_t lda, const float* b,
+                              int64_t ldb, float* c) {
+  static_assert(kBlocks <= 2 && N <= 2);
+  _tile_zero(0);
+  if constexpr (N == 2) _tile_zero(1);
+  if constexpr (kBlocks == 2) _tile_zero(2);
+  if constexpr (kBlocks == 2 && N == 2) _tile_zero(3);
+  for (int64_t k = 0; k < words; k += kTile) {
+    _tile_loadd(4, a + k, lda * 4);
+    _tile_loadd(6, b + k * ldb, ldb * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N == 2) {
+      _tile_loadd(7, b + k * ldb + kTile, ldb * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kBlocks == 2) {
+      _tile_loadd(5, a + kTile * lda + k, lda * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int64_t kRowBytes = N * kTile * 4;
+  _tile_stored(0, c, kRowBytes);
+  if constexpr (N == 2) _tile_stored(1, c + kTile, kRowBytes);
+  if constexpr (kBlocks == 2) _tile_stored(2, c + kTile * N * kTile, kRowBytes);
+  if constexpr (kBlocks == 2 && N == 2) _tile_stored(3, c + kTile * N * kTile + kTile, kRowBytes);
+}
+
+template <int N, typename StoreSum>
+static inline void gemm_by_tiles(int64_t m_size, int64_t words, const float* a, int64_t lda,
+                                 const float* b, int64_t ldb, StoreSum store_sum) {
+  alignas(64) float c[2 * kTile * N * kTile];
+  // The intrinsics don't tell the compiler that they read memory: what was stored must be there.
+  asm volatile("" ::: "memory");
+  for (int64_t m = 0; m < m_size; m += 2 * kTile) {
+    const int64_t rows = m_size - m < 2 * kTile ? m_size - m : 2 * kTile;
+    if (rows > kTile) {
+      gemm_tiles<2, N>(words, a + m * lda, lda, b, ldb, c);
+    } else {
+      gemm_tiles<1, N>(words, a + m * lda, lda, b, ldb, c);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int n = 0; n < N; ++n) store_sum(m + i, n, load<f32v>(c + (i * N + n) * kLanes));
+    }
+  }
+}
+#else
+struct TileRegisters {
+  TileRegisters() {}
+};
+#endif
+
+// Most vectors of columns that a product of words from T takes at a time.
+#if defined(__AMX_BF16__)
+template <typename T>
+constexpr int kMaxColumns = kPerWord<T> == 2 ? 2 : 4;
+#else
+template <typename T>
+constexpr int kMaxColumns = 4;
+#endif
+
+// m_size rows of C, N vectors wide; kPer values in each of the `words` along k.
+template <int kPer, int N, Layout kLayout, typename StoreSum>
+static inline void gemm(int64_t m_size, int64_t words, const float* a, int64_t lda, const float* b,
                         int64_t ldb, StoreSum store_sum) {
+#if defined(__AMX_BF16__)
+  if constexpr (kPer == 2) {
+    static_assert(kLayout == Layout::kRowMajor);
+    gemm_by_tiles<N>(m_size, words, a, lda, b, ldb, store_sum);
+    return;
+  }
+#endif
   const int64_t step = kLayout == Layout::kRowMajor ? lda : 1;
   int64_t m = 0;
   const auto shifted = [&](int i, int n, f32v sum) { store_sum(m + i, n, sum); };
-  for (; m + tile_rows(N) <= m_size; m += tile_rows(N)) {
-    gemm_tile<tile_rows(N), N, kLayout>(k_size, a + m * step, lda, b, ldb, shifted);
-  }
+  for (; m + tile_rows(N) <= m_size; m += tile_rows(N))
+    gemm_tile<kPer, tile_rows(N), N, kLayout>(words, a + m * step, lda, b, ldb, shifted);
   for (; m + 4 <= m_size; m += 4)
-    gemm_tile<4, N, kLayout>(k_size, a + m * step, lda, b, ldb, shifted);
-  for (; m < m_size; ++m) gemm_tile<1, N, kLayout>(k_size, a + m * step, lda, b, ldb, shifted);
+    gemm_tile<kPer, 4, N, kLayout>(words, a + m * step, lda, b, ldb, shifted);
+  for (; m < m_size; ++m) gemm_tile<kPer, 1, N, kLayout>(words, a + m * step, lda, b, ldb, shifted);
 }
 
 }  // namespace MOBA_ISA

@@ -1,7 +1,7 @@
 // Tiles of query rows: which rows of a block's list stand in which lane, and gathering them.
 #pragma once
 
-#include "simd.h"
+#include "gemm.h"
 
 namespace moba {
 namespace MOBA_ISA {
@@ -46,24 +46,158 @@ static inline const T* row_pointer(const Rows& rows, int64_t token, int64_t head
   return static_cast<const T*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
 }
 
-// to[i][0 .. width) for the first `lanes` rows of the tile, zero beyond head_dim and beyond
-// tile.count.
+// One row of head_dim values in as many words as `words`, zero beyond head_dim.
 template <typename T>
-static inline void gather_rows(float* to, int64_t width, const Rows& from, const RowTile& tile,
-                               int64_t lanes, int64_t head_dim) {
-  for (int64_t i = 0; i < lanes; ++i) {
-    std::memset(to + i * width, 0, width * sizeof(float));
-    if (i < tile.count)
-      load_row(to + i * width, row_pointer<T>(from, tile.query[i], tile.head[i]), head_dim);
+static inline void load_words(float* to, int64_t words, const T* from, int64_t head_dim) {
+  if constexpr (kPerWord<T> == 1) {
+    load_row(to, from, head_dim);
+    std::memset(to + head_dim, 0, (words - head_dim) * sizeof(float));
+  } else {
+    std::memcpy(to, from, head_dim * sizeof(T));
+    std::memset(to + head_dim / 2, 0, (words - head_dim / 2) * sizeof(float));
   }
 }
 
-// Keys begin .. begin + count of one head as float rows of `width`.
+// to[i][0 .. words) for the first `lanes` rows of the tile, zero beyond tile.count.
 template <typename T>
-static inline void pack_keys(float* to, int64_t width, const Rows& from, int64_t begin,
+static inline void gather_rows(float* to, int64_t words, const Rows& from, const RowTile& tile,
+                               int64_t lanes, int64_t head_dim) {
+  for (int64_t i = 0; i < tile.count; ++i) {
+    load_words(to + i * words, words, row_pointer<T>(from, tile.query[i], tile.head[i]), head_dim);
+  }
+  std::memset(to + tile.count * words, 0, (lanes - tile.count) * words * sizeof(float));
+}
+
+// Keys begin .. begin + count of one head as rows of words, then zero up to a whole key tile.
+template <typename T>
+static inline void pack_keys(float* to, int64_t words, const Rows& from, int64_t begin,
                              int64_t count, int64_t head, int64_t head_dim) {
   for (int64_t i = 0; i < count; ++i)
-    load_row(to + i * width, row_pointer<T>(from, begin + i, head), head_dim);
+    load_words(to + i * words, words, row_pointer<T>(from, begin + i, head), head_dim);
+  std::memset(to + count * words, 0, (round_up(count, kKeyTile) - count) * words * sizeof(float));
+}
+
+// Operands of two bfloat16 per word (gemm.h), made from words that run along head_dim or from
+// float.
+
+// [rows, width / 2] along head_dim -> [rows / 2, width] along rows.
+static inline void pair_rows(float* to, const float* from, int64_t rows, int64_t width) {
+  const auto* const in = reinterpret_cast<const bfloat16*>(from);
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const auto row = [&](int64_t i) {
+        return __builtin_convertvector(load<u16v>(in + i * width + d), u32v);
+      };
+      store(to + r / 2 * width + d, (f32v)(row(r) | row(r + 1) << 16));
+    }
+  }
+}
+
+// Words between the rows of an operand [width, keys / 2]: a cache line more than a chunk needs, so
+// that rows lie in different cache sets.
+static inline int64_t pair_stride(int64_t chunk) { return round_up(chunk, kKeyTile) / 2 + kLanes; }
+
+// [keys, width / 2] along head_dim -> [width, keys / 2] along keys, up to a whole key tile; scratch
+// is [kLanes, width].
+static inline void pair_and_transpose(float* to, int64_t stride, const float* from, int64_t keys,
+                                      int64_t width, float* scratch) {
+  for (int64_t key = 0; key < round_up(keys, kKeyTile); key += 2 * kLanes) {
+    pair_rows(scratch, from + key * (width / 2), 2 * kLanes, width);
+    transpose(to + key / 2, stride, scratch, width, kLanes, width);
+  }
+}
+
+// Float [keys, lanes] -> [keys / 2, lanes] along keys, in place, zero up to a multiple of kPad
+// keys.
+static inline void pair_keys(float* p, int64_t keys, int64_t lanes) {
+#if defined(__AVX512BF16__)
+  const int64_t end = round_up(keys, kPad);
+  std::memset(p + keys * lanes, 0, (end - keys) * lanes * sizeof(float));
+  for (int64_t m = 0; m < end; m += 2) {
+    for (int64_t n = 0; n < lanes; n += kLanes) {
+      const f32v a = load<f32v>(p + m * lanes + n), b = load<f32v>(p + (m + 1) * lanes + n);
+      store(p + m / 2 * lanes + n, pair_words(a, b));
+    }
+  }
+#endif
+}
+
+// Float [keys, lanes], lanes at most 2 * kLanes -> [keys, kLanes] along lanes, zero beyond the
+// last; `to` may be `from`.
+static inline void pair_lanes(float* to, const float* from, int64_t keys, int64_t lanes) {
+#if defined(__AVX512BF16__)
+  for (int64_t m = 0; m < keys; ++m) {
+    const f32v a = load<f32v>(from + m * lanes);
+    const f32v b = lanes > kLanes ? load<f32v>(from + m * lanes + kLanes) : f32v{};
+    store(to + m * kLanes, neighbour_words(a, b));
+  }
+#endif
+}
+
+// C[m][n] = sum over keys begin .. begin + keys of X[key][m] * P[key][n], N vectors of columns. X
+// is [keys, head_dim] with `stride` words between its keys, or pair_and_transpose's operand; P has
+// the key `begin` first.
+template <typename T, int N, typename StoreSum>
+static inline void gemm_over_keys(int64_t head_dim, int64_t begin, int64_t keys, const float* x,
+                                  int64_t stride, const float* p, StoreSum store_sum) {
+  if constexpr (kPerWord<T> == 1) {
+    gemm<1, N, Layout::kColMajor>(head_dim, keys, x + begin * stride, stride, p, N * kLanes,
+                                  store_sum);
+  } else {
+    gemm<2, N, Layout::kRowMajor>(head_dim, round_up(keys, kPad) / 2, x + begin / 2, stride, p,
+                                  N * kLanes, store_sum);
+  }
+}
+
+// K and V of a chunk of a block, packed for all tiles of rows that read it.
+struct Chunk {
+  float* k;          // [keys, words] along head_dim
+  float* v;          // [keys, words] along head_dim
+  float* over_keys;  // the operand of gemm_over_keys: V in the forward, K in the backward
+  int64_t stride;    // of over_keys
+};
+
+// Packs keys begin .. begin + size of the block into `memory`, 2 * round_up(chunk, kKeyTile) padded
+// rows of float; scratch is [kLanes, width].
+enum class OverKeys { kV, kK };
+template <typename T>
+static inline Chunk pack_chunk(float* memory, const Problem& problem, const Rows& k, const Rows& v,
+                               const BlockRows& rows, int64_t begin, int64_t size, OverKeys which,
+                               float* scratch) {
+  const int64_t head_dim = problem.head_dim, width = padded(head_dim), words = width / kPerWord<T>;
+  const int64_t keys = round_up(chunk_keys(problem.block_size, head_dim), kKeyTile);
+  Chunk chunk;
+  chunk.k = memory;
+  chunk.v = chunk.k + keys * words;
+  pack_keys<T>(chunk.k, words, k, rows.block.key_begin + begin, size, rows.head_k, head_dim);
+  pack_keys<T>(chunk.v, words, v, rows.block.key_begin + begin, size, rows.head_k, head_dim);
+  float* const operand = which == OverKeys::kV ? chunk.v : chunk.k;
+  chunk.over_keys = operand;
+  chunk.stride = width;
+  if constexpr (kPerWord<T> == 2) {
+    chunk.over_keys = chunk.v + keys * words;
+    chunk.stride = pair_stride(keys);
+    pair_and_transpose(chunk.over_keys, chunk.stride, operand, size, width, scratch);
+  }
+  return chunk;
+}
+
+// Calls run(vectors, first, count) for the rows of an item, as many at a time as fill the vectors.
+// bfloat16 pairs of rows fill whole words in two vectors; three keep more of a float product in
+// registers.
+template <typename T, typename F>
+static inline void for_each_tile(const BlockRows& rows, F run) {
+  constexpr int64_t kMost = (kPerWord<T> == 2 ? 2 : kTileN) * kLanes;
+  for (int64_t first = rows.first; first < rows.last; first += kMost) {
+    const int64_t count = rows.last - first < kMost ? rows.last - first : kMost;
+    if (count <= kLanes) {
+      run(Vectors<1>{}, first, count);
+    } else if (count <= 2 * kLanes) {
+      run(Vectors<2>{}, first, count);
+    } else if constexpr (kPerWord<T> == 1) {
+      run(Vectors<3>{}, first, count);
+    }
+  }
 }
 
 }  // namespace MOBA_ISA

@@ -225,6 +225,22 @@ static inline void load_row(float* to, const T* from, int64_t n) {
   if (i < n) store(to + i, load_part(from + i, n - i));
 }
 
+#if defined(__AVX512BF16__)
+// Words of two bfloat16: those of a in the low halves, those of b in the high ones, rounded to
+// nearest even.
+static inline f32v pair_words(f32v a, f32v b) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);  // all of a, all of b
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+  return (f32v)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The same of neighbours: a's 16 values in the first 8 words, b's in the others.
+static inline f32v neighbour_words(f32v a, f32v b) {
+  return (f32v)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+#endif
+
 static inline f32v shuffle(f32v a, f32v b, i32v index) {  // index into (a, b)
 #if defined(__clang__)
   f32v r;
