@@ -287,8 +287,8 @@ void attention_backward(const CpuPlan& plan, BackwardArgs args, int64_t threads,
       const BlockRows& part = segment.rows;
       float* const chunk_dk =
           reinterpret_cast<float*>(scratch + thread * plan.backward_scratch_per_thread);
-      float* const chunk_dv = chunk_dk + chunk * width;
-      float* const rest = chunk_dv + chunk * width;
+      float* const chunk_dv = chunk_dk + round_up(chunk, kKeyTile) * width;
+      float* const rest = chunk_dv + round_up(chunk, kKeyTile) * width;
       const int64_t keys = part.block.key_end - part.block.key_begin,
                     visible = visible_keys(problem, part);
       for (int64_t begin = 0; begin < keys; begin += chunk) {

@@ -18,6 +18,56 @@ struct Softmax {
   f32v sum = {};
 };
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// Takes in the scores of `keys` keys, one vector of rows with `stride` words between keys in p:
+// leaves their weights there, as the operand of add_over_keys, and returns the factor of what was
+// summed before. Where kMasked, a row sees the keys below its limit.
+template <int kPer, bool kMasked>
+static inline f32v update_softmax(Softmax& softmax, float* p, int64_t stride, int64_t keys,
+                                  i32v limit, f32v scale) {
+  constexpr int kChains = 4;  // of maxima, each as slow as the latency of one
+  const f32v lowest = splat(-kInf);
+  const auto seen = [&](int64_t m) { return limit > static_cast<int32_t>(m); };
+  f32v max[kChains] = {softmax.max, lowest, lowest, lowest};
+  for (int64_t m = 0; m < keys; m += kChains) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      if (m + i >= keys) break;
+      const f32v s = load<f32v>(p + (m + i) * stride) * scale;
+      max[i] = max_number(kMasked ? (seen(m + i) ? s : lowest) : s, max[i]);
+    }
+  }
+  const f32v top = max_number(max_number(max[0], max[1]), max_number(max[2], max[3]));
+  // A row that has seen no key yet keeps top -inf; with 0 in its place weights are exp(-inf) = 0.
+  const f32v shift = top == -kInf ? f32v{} : top;
+  f32v sum = {};
+  const auto weight = [&](int64_t m) {
+    f32v w = exp_vec(mul_add(load<f32v>(p + m * stride), scale, -shift));
+    if (kMasked) w = seen(m) ? w : f32v{};
+    sum += w;
+    return w;
+  };
+  if constexpr (kPer == 1) {
+    for (int64_t m = 0; m < keys; ++m) store(p + m * stride, weight(m));
+  } else {
+    int64_t m = 0;
+    for (; m + 2 <= keys; m += 2) {
+      const f32v a = weight(m), b = weight(m + 1);
+      store(p + m / 2 * stride, pair_words(a, b));
+    }
+    if (m < keys) store(p + m / 2 * stride, pair_words(weight(m), f32v{}));
+    for (m = ceil_div(keys, 2); m < round_up(keys, kPad) / 2; ++m) store(p + m * stride, f32v{});
+  }
+  const f32v alpha = exp_vec(softmax.max - shift);
+  softmax.sum = mul_add(softmax.sum, alpha, sum);
+  softmax.max = top;
+  return alpha;
+}
+
 // One partial row, merged with what earlier chunks left there unless this is the first.
 static inline void store_partial(float* out, float* lse, const float* row, float row_lse,
                                  int64_t width, bool first_chunk) {
@@ -50,7 +100,6 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const C
   float* const o_t = q_t + kRows * width;              // [width, rows]
   float* const p_t = o_t + kRows * width;              // [kKeyTile, rows]
 
-  i32v limit[N];  // keys of this chunk that each row sees
   int32_t least = INT32_MAX, most = 0;
   for (int64_t i = 0; i < kLanesTotal; ++i) {
     least = tile.limit[i] < least ? tile.limit[i] : least;
@@ -58,9 +107,6 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const C
   }
   const int64_t end = most - chunk_begin < chunk_size ? most - chunk_begin : chunk_size;
   if (end <= 0) return;
-  for (int n = 0; n < N; ++n)
-    limit[n] = load<i32v>(tile.limit + n * kLanes) - static_cast<int32_t>(chunk_begin);
-
   gather_rows<T>(rows, words, params.q, tile, kLanesTotal, head_dim);
   transpose(q_t, kLanesTotal, rows, words, kLanesTotal, words);
   std::memset(o_t, 0, kLanesTotal * width * sizeof(float));
@@ -69,38 +115,24 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const C
   const f32v scale = splat(params.softmax_scale);
   for (int64_t begin = 0; begin < end; begin += kKeyTile) {
     const int64_t keys = end - begin < kKeyTile ? end - begin : kKeyTile;
-    const bool masked = begin + keys > least - chunk_begin;
-    f32v max[N], alpha[N];
-    for (int n = 0; n < N; ++n) max[n] = softmax[n].max;
-    gemm<kPer, N, Layout::kRowMajor>(
-        keys, depth, chunk.k + begin * words, words, q_t, kLanesTotal,
-        [&](int64_t m, int n, f32v sum) {
-          f32v s = sum * scale;
-          if (masked) s = limit[n] > static_cast<int32_t>(begin + m) ? s : splat(-kInf);
-          max[n] = max_number(s, max[n]);
-          store(p_t + m * kLanesTotal + n * kLanes, s);
-        });
+    gemm<kPer, N, Layout::kRowMajor, Into::kSet>(keys, depth, chunk.k + begin * words, words, q_t,
+                                                 kLanesTotal, p_t, kLanesTotal);
     for (int n = 0; n < N; ++n) {
-      // A row that has seen no key yet keeps max -inf; 0 in its place makes every weight exp(-inf)
-      // = 0.
-      const f32v shift = max[n] == -kInf ? f32v{} : max[n];
-      alpha[n] = exp_vec(softmax[n].max - shift);
-      f32v sum = {};
-      for (int64_t m = 0; m < keys; ++m) {
-        float* p = p_t + m * kLanesTotal + n * kLanes;
-        const f32v weight = exp_vec(load<f32v>(p) - shift);
-        sum += weight;
-        store(p, weight);
+      const i32v limit =
+          load<i32v>(tile.limit + n * kLanes) - static_cast<int32_t>(chunk_begin + begin);
+      const auto update = [&](auto masked) {
+        return update_softmax<kPer, decltype(masked)::value>(softmax[n], p_t + n * kLanes,
+                                                             kLanesTotal, keys, limit, scale);
+      };
+      const f32v alpha =
+          begin + keys > least - chunk_begin ? update(Flag<true>{}) : update(Flag<false>{});
+      if (begin == 0 || !any(alpha != 1.0f)) continue;  // nothing to scale, or by 1
+      for (int64_t d = 0; d < head_dim; ++d) {
+        float* const o = o_t + d * kLanesTotal + n * kLanes;
+        store(o, load<f32v>(o) * alpha);
       }
-      softmax[n].sum = mul_add(softmax[n].sum, alpha[n], sum);
-      softmax[n].max = max[n];
     }
-    if constexpr (kPer == 2) pair_keys(p_t, keys, kLanesTotal);
-    gemm_over_keys<T, N>(head_dim, begin, keys, chunk.over_keys, chunk.stride, p_t,
-                         [&](int64_t m, int n, f32v sum) {
-                           float* o = o_t + m * kLanesTotal + n * kLanes;
-                           store(o, mul_add(load<f32v>(o), alpha[n], sum));
-                         });
+    add_over_keys<T, N>(head_dim, begin, keys, chunk.over_keys, chunk.stride, p_t, o_t);
   }
   float lse[kLanesTotal];
   f32v inverse[N];

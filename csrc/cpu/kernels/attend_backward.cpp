@@ -17,12 +17,8 @@ template <typename T>
 static inline void add_outer(float* to, const float* a, int64_t keys, int64_t words, const float* b,
                              int64_t width) {
   const auto columns = [&](auto vectors, int64_t d) {
-    constexpr int kN = decltype(vectors)::value;
-    gemm<kPerWord<T>, kN, Layout::kRowMajor>(keys, words, a, words, b + d, width,
-                                             [&](int64_t m, int n, f32v sum) {
-                                               float* x = to + m * width + d + n * kLanes;
-                                               store(x, load<f32v>(x) + sum);
-                                             });
+    gemm<kPerWord<T>, decltype(vectors)::value, Layout::kRowMajor, Into::kAdd>(
+        keys, words, a, words, b + d, width, to + d, width);
   };
   constexpr int kMost = kMaxColumns<T>;
   int64_t d = 0;
@@ -88,35 +84,32 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
   for (int64_t begin = 0; begin < end; begin += kKeyTile) {
     const int64_t keys = end - begin < kKeyTile ? end - begin : kKeyTile;
     const bool masked = begin + keys > least - chunk_begin;
-    gemm<kPer, N, Layout::kRowMajor>(keys, depth, chunk.k + begin * words, words, q_t, kLanesTotal,
-                                     [&](int64_t m, int n, f32v sum) {
-                                       const f32v log_p = mul_add(sum, scale, -lse[n]);
-                                       f32v p = exp_vec(log_p > 0.0f ? f32v{} : log_p);
-                                       if (masked)
-                                         p = limit[n] > static_cast<int32_t>(begin + m) ? p
-                                                                                        : f32v{};
-                                       store(p_t + m * kLanesTotal + n * kLanes, p);
-                                     });
-    gemm<kPer, N, Layout::kRowMajor>(keys, depth, chunk.v + begin * words, words, dout_t,
-                                     kLanesTotal, [&](int64_t m, int n, f32v sum) {
-                                       const int64_t at = m * kLanesTotal + n * kLanes;
-                                       f32v ds = load<f32v>(p_t + at) * (sum - delta[n]);
-                                       if (masked)
-                                         ds = limit[n] > static_cast<int32_t>(begin + m) ? ds
-                                                                                         : f32v{};
-                                       store(ds_t + at, ds);
-                                     });
+    const auto seen = [&](int64_t m, int n) { return limit[n] > static_cast<int32_t>(begin + m); };
+    gemm<kPer, N, Layout::kRowMajor, Into::kSet>(keys, depth, chunk.k + begin * words, words, q_t,
+                                                 kLanesTotal, p_t, kLanesTotal);
+    gemm<kPer, N, Layout::kRowMajor, Into::kSet>(keys, depth, chunk.v + begin * words, words,
+                                                 dout_t, kLanesTotal, ds_t, kLanesTotal);
+    for (int64_t m = 0; m < keys; ++m) {
+      for (int n = 0; n < N; ++n) {
+        const int64_t at = m * kLanesTotal + n * kLanes;
+        const f32v log_p = mul_add(load<f32v>(p_t + at), scale, -lse[n]);
+        f32v p = exp_vec(log_p > 0.0f ? f32v{} : log_p);
+        f32v ds = p * (load<f32v>(ds_t + at) - delta[n]);
+        if (masked) {
+          p = seen(m, n) ? p : f32v{};
+          ds = seen(m, n) ? ds : f32v{};
+        }
+        store(p_t + at, p);
+        store(ds_t + at, ds);
+      }
+    }
     if constexpr (kPer == 2) {
       pair_lanes(p_t, p_t, keys, kLanesTotal);
       pair_lanes(ds_rows, ds_t, keys, kLanesTotal);
       pair_keys(ds_t, keys, kLanesTotal);
     }
     add_outer<T>(dv + begin * width, p_t, keys, kRowWords, dout_rows, width);
-    gemm_over_keys<T, N>(head_dim, begin, keys, chunk.over_keys, chunk.stride, ds_t,
-                         [&](int64_t m, int n, f32v sum) {
-                           float* x = dq_t + m * kLanesTotal + n * kLanes;
-                           store(x, load<f32v>(x) + sum);
-                         });
+    add_over_keys<T, N>(head_dim, begin, keys, chunk.over_keys, chunk.stride, ds_t, dq_t);
     add_outer<T>(dk + begin * width, ds_rows, keys, kRowWords, q_rows, width);
   }
   transpose(q, width, dq_t, kLanesTotal, width, kLanesTotal);

@@ -118,12 +118,14 @@ static void gate_rows(const Problem& problem, const Rows& q, const T* kbar, cons
       load_row(centroids + i * width,
                kbar + ((tile.first_block + j + i) * problem.heads_k + head_k) * head_dim, head_dim);
     }
-    f32v s[kBlocks][N];
-    gemm<1, N, Layout::kRowMajor>(some, head_dim, centroids, width, q_t, kLanesTotal,
-                                  [&](int64_t m, int n, f32v sum) { s[m][n] = sum; });
+    float s[kBlocks * kLanesTotal];
+    gemm<1, N, Layout::kRowMajor, Into::kSet>(some, head_dim, centroids, width, q_t, kLanesTotal, s,
+                                              kLanesTotal);
     for (int64_t i = 0; i < some; ++i) {
-      for (int n = 0; n < N; ++n)
-        offer(lists[n], static_cast<int32_t>(j + i), rank_of(s[i][n]), past_v[n]);
+      for (int n = 0; n < N; ++n) {
+        const f32v score = load<f32v>(s + i * kLanesTotal + n * kLanes);
+        offer(lists[n], static_cast<int32_t>(j + i), rank_of(score), past_v[n]);
+      }
     }
   }
   for (int64_t i = 0; i < count; ++i) {

@@ -53,16 +53,20 @@ static inline f32v mul_add_words(f32v a, f32v b, f32v c) {
   return mul_add(a, b, c);
 }
 
-// M x N vectors of C over the whole k loop; `store_sum(m, n, sum)` takes the result.
-template <int kPer, int M, int N, Layout kLayout, typename StoreSum>
-static inline __attribute__((always_inline)) void gemm_tile(int64_t words, const float* a,
-                                                            int64_t lda, const float* b,
-                                                            int64_t ldb, StoreSum store_sum) {
+// What a product does to C.
+enum class Into { kSet, kAdd };
+
+// M x N vectors of C over the whole k loop.
+template <int kPer, int M, int N, Layout kLayout, Into kInto>
+static inline __attribute__((always_inline)) void gemm_registers(int64_t words, const float* a,
+                                                                 int64_t lda, const float* b,
+                                                                 int64_t ldb, float* c,
+                                                                 int64_t ldc) {
   f32v sum[M][N] = {};
   for (int64_t k = 0; k < words; ++k) {
     f32v row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load<f32v>(b + k * ldb + n * kLanes);
+    for (int n = 0; n < N; ++n) row[n] = in_register(load<f32v>(b + k * ldb + n * kLanes));
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const f32v x =
@@ -74,13 +78,16 @@ static inline __attribute__((always_inline)) void gemm_tile(int64_t words, const
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store_sum(m, n, sum[m][n]);
+    for (int n = 0; n < N; ++n) {
+      float* const to = c + m * ldc + n * kLanes;
+      store(to, kInto == Into::kAdd ? load<f32v>(to) + sum[m][n] : sum[m][n]);
+    }
   }
 }
 
-#if defined(__AMX_BF16__)
 constexpr int64_t kTile = 16;  // rows of a tile register, and words in each
 
+#if defined(__AMX_BF16__)
 // Gives the calling thread eight full tiles for as long as this lives.
 struct TileRegisters {
   TileRegisters() {
@@ -98,16 +105,23 @@ struct TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// kBlocks x N tiles of C, kTile rows each. Reads whole tiles of A and B: `words` is a multiple of
-// kTile, and A has kBlocks * kTile rows in memory, whatever is in those beyond its last.
-template <int kBlocks, int N>
+// kBlocks x N tiles of C. `words` is a multiple of kTile.
+template <int kBlocks, int N, Into kInto>
 static inline void gemm_tiles(int64_t words, const float* a, int64_t lda, const float* b,
-                              int64_t ldb, float* c) {
-  static_assert(kBlocks <= 2 && N <= 2);
-  _tile_zero(0);
-  if constexpr (N == 2) _tile_zero(1);
-  if constexpr (kBlocks == 2) _tile_zero(2);
-  if constexpr (kBlocks == 2 && N == 2) _tile_zero(3);
+                              int64_t ldb, float* c, int64_t ldc) {
+  static_assert(kBlocks <= 2 && N <= 2, "four tiles of C, two of A, two of B");
+  float* const below = c + kTile * ldc;
+  if constexpr (kInto == Into::kAdd) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (N == 2) _tile_loadd(1, c + kTile, ldc * 4);
+    if constexpr (kBlocks == 2) _tile_loadd(2, below, ldc * 4);
+    if constexpr (kBlocks == 2 && N == 2) _tile_loadd(3, below + kTile, ldc * 4);
+  } else {
+    _tile_zero(0);
+    if constexpr (N == 2) _tile_zero(1);
+    if constexpr (kBlocks == 2) _tile_zero(2);
+    if constexpr (kBlocks == 2 && N == 2) _tile_zero(3);
+  }
   for (int64_t k = 0; k < words; k += kTile) {
     _tile_loadd(4, a + k, lda * 4);
     _tile_loadd(6, b + k * ldb, ldb * 4);
@@ -122,30 +136,10 @@ static inline void gemm_tiles(int64_t words, const float* a, int64_t lda, const 
       if constexpr (N == 2) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  constexpr int64_t kRowBytes = N * kTile * 4;
-  _tile_stored(0, c, kRowBytes);
-  if constexpr (N == 2) _tile_stored(1, c + kTile, kRowBytes);
-  if constexpr (kBlocks == 2) _tile_stored(2, c + kTile * N * kTile, kRowBytes);
-  if constexpr (kBlocks == 2 && N == 2) _tile_stored(3, c + kTile * N * kTile + kTile, kRowBytes);
-}
-
-template <int N, typename StoreSum>
-static inline void gemm_by_tiles(int64_t m_size, int64_t words, const float* a, int64_t lda,
-                                 const float* b, int64_t ldb, StoreSum store_sum) {
-  alignas(64) float c[2 * kTile * N * kTile];
-  // The intrinsics don't tell the compiler that they read memory: what was stored must be there.
-  asm volatile("" ::: "memory");
-  for (int64_t m = 0; m < m_size; m += 2 * kTile) {
-    const int64_t rows = m_size - m < 2 * kTile ? m_size - m : 2 * kTile;
-    if (rows > kTile) {
-      gemm_tiles<2, N>(words, a + m * lda, lda, b, ldb, c);
-    } else {
-      gemm_tiles<1, N>(words, a + m * lda, lda, b, ldb, c);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int n = 0; n < N; ++n) store_sum(m + i, n, load<f32v>(c + (i * N + n) * kLanes));
-    }
-  }
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (N == 2) _tile_stored(1, c + kTile, ldc * 4);
+  if constexpr (kBlocks == 2) _tile_stored(2, below, ldc * 4);
+  if constexpr (kBlocks == 2 && N == 2) _tile_stored(3, below + kTile, ldc * 4);
 }
 #else
 struct TileRegisters {
@@ -162,25 +156,34 @@ template <typename T>
 constexpr int kMaxColumns = 4;
 #endif
 
-// m_size rows of C, N vectors wide; kPer values in each of the `words` along k.
-template <int kPer, int N, Layout kLayout, typename StoreSum>
+// m_size rows of C, N vectors wide; kPer values in each of the `words` along k. For pairs of
+// bfloat16, A and C have whole multiples of kTile rows in memory and `words` is one: rows beyond
+// m_size may be read and written.
+template <int kPer, int N, Layout kLayout, Into kInto>
 static inline void gemm(int64_t m_size, int64_t words, const float* a, int64_t lda, const float* b,
-                        int64_t ldb, StoreSum store_sum) {
+                        int64_t ldb, float* c, int64_t ldc) {
 #if defined(__AMX_BF16__)
   if constexpr (kPer == 2) {
     static_assert(kLayout == Layout::kRowMajor);
-    gemm_by_tiles<N>(m_size, words, a, lda, b, ldb, store_sum);
+    // The intrinsics don't tell the compiler that they read memory: what was stored must be there.
+    asm volatile("" ::: "memory");
+    int64_t m = 0;
+    for (; m + kTile < m_size; m += 2 * kTile)
+      gemm_tiles<2, N, kInto>(words, a + m * lda, lda, b, ldb, c + m * ldc, ldc);
+    if (m < m_size) gemm_tiles<1, N, kInto>(words, a + m * lda, lda, b, ldb, c + m * ldc, ldc);
     return;
   }
 #endif
   const int64_t step = kLayout == Layout::kRowMajor ? lda : 1;
+  constexpr int kMost = tile_rows(N);
   int64_t m = 0;
-  const auto shifted = [&](int i, int n, f32v sum) { store_sum(m + i, n, sum); };
-  for (; m + tile_rows(N) <= m_size; m += tile_rows(N))
-    gemm_tile<kPer, tile_rows(N), N, kLayout>(words, a + m * step, lda, b, ldb, shifted);
+  for (; m + kMost <= m_size; m += kMost)
+    gemm_registers<kPer, kMost, N, kLayout, kInto>(words, a + m * step, lda, b, ldb, c + m * ldc,
+                                                   ldc);
   for (; m + 4 <= m_size; m += 4)
-    gemm_tile<kPer, 4, N, kLayout>(words, a + m * step, lda, b, ldb, shifted);
-  for (; m < m_size; ++m) gemm_tile<kPer, 1, N, kLayout>(words, a + m * step, lda, b, ldb, shifted);
+    gemm_registers<kPer, 4, N, kLayout, kInto>(words, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+  for (; m < m_size; ++m)
+    gemm_registers<kPer, 1, N, kLayout, kInto>(words, a + m * step, lda, b, ldb, c + m * ldc, ldc);
 }
 
 }  // namespace MOBA_ISA

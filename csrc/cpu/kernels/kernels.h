@@ -19,8 +19,8 @@ using GateTopkKernel = void(const Problem& problem, const Rows& q, const void* k
 using AttendKernel = void(const AttendParams& params, const BlockRows& rows, float* scratch);
 
 // The same rows against the chunk of keys at chunk_begin of the block. Sets dk and dv [chunk, D
-// padded to kPad], dk without softmax_scale; writes partial_dq for the first chunk, adds to it for
-// later ones.
+// padded to kPad], dk without softmax_scale, and may write beyond their last key up to a whole key
+// tile; writes partial_dq for the first chunk, adds to it for later ones.
 using AttendBackwardKernel = void(const AttendBackwardParams& params, const BlockRows& rows,
                                   int64_t chunk_begin, float* dk, float* dv, float* scratch);
 

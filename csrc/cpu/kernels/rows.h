@@ -20,7 +20,8 @@ static inline void fill_tile(RowTile& tile, const Problem& problem, const BlockR
   tile.count = count;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = first + i;
-    int64_t row, slot, limit;
+    int32_t row, slot;  // a group has less than 2^31 entries
+    int64_t limit;
     if (r < rows.own_rows) {
       row = rows.own_row + r;
       slot = slots;
@@ -110,7 +111,6 @@ static inline void pair_and_transpose(float* to, int64_t stride, const float* fr
 // Float [keys, lanes] -> [keys / 2, lanes] along keys, in place, zero up to a multiple of kPad
 // keys.
 static inline void pair_keys(float* p, int64_t keys, int64_t lanes) {
-#if defined(__AVX512BF16__)
   const int64_t end = round_up(keys, kPad);
   std::memset(p + keys * lanes, 0, (end - keys) * lanes * sizeof(float));
   for (int64_t m = 0; m < end; m += 2) {
@@ -119,33 +119,31 @@ static inline void pair_keys(float* p, int64_t keys, int64_t lanes) {
       store(p + m / 2 * lanes + n, pair_words(a, b));
     }
   }
-#endif
 }
 
 // Float [keys, lanes], lanes at most 2 * kLanes -> [keys, kLanes] along lanes, zero beyond the
 // last; `to` may be `from`.
 static inline void pair_lanes(float* to, const float* from, int64_t keys, int64_t lanes) {
-#if defined(__AVX512BF16__)
   for (int64_t m = 0; m < keys; ++m) {
     const f32v a = load<f32v>(from + m * lanes);
     const f32v b = lanes > kLanes ? load<f32v>(from + m * lanes + kLanes) : f32v{};
     store(to + m * kLanes, neighbour_words(a, b));
   }
-#endif
 }
 
-// C[m][n] = sum over keys begin .. begin + keys of X[key][m] * P[key][n], N vectors of columns. X
+// C[m][n] += sum over keys begin .. begin + keys of X[key][m] * P[key][n], N vectors of columns. X
 // is [keys, head_dim] with `stride` words between its keys, or pair_and_transpose's operand; P has
 // the key `begin` first.
-template <typename T, int N, typename StoreSum>
-static inline void gemm_over_keys(int64_t head_dim, int64_t begin, int64_t keys, const float* x,
-                                  int64_t stride, const float* p, StoreSum store_sum) {
+template <typename T, int N>
+static inline void add_over_keys(int64_t head_dim, int64_t begin, int64_t keys, const float* x,
+                                 int64_t stride, const float* p, float* c) {
+  constexpr int64_t kColumns = N * kLanes;
   if constexpr (kPerWord<T> == 1) {
-    gemm<1, N, Layout::kColMajor>(head_dim, keys, x + begin * stride, stride, p, N * kLanes,
-                                  store_sum);
+    gemm<1, N, Layout::kColMajor, Into::kAdd>(head_dim, keys, x + begin * stride, stride, p,
+                                              kColumns, c, kColumns);
   } else {
-    gemm<2, N, Layout::kRowMajor>(head_dim, round_up(keys, kPad) / 2, x + begin / 2, stride, p,
-                                  N * kLanes, store_sum);
+    gemm<2, N, Layout::kRowMajor, Into::kAdd>(head_dim, round_up(keys, kPad) / 2, x + begin / 2,
+                                              stride, p, kColumns, c, kColumns);
   }
 }
 
@@ -153,7 +151,7 @@ static inline void gemm_over_keys(int64_t head_dim, int64_t begin, int64_t keys,
 struct Chunk {
   float* k;          // [keys, words] along head_dim
   float* v;          // [keys, words] along head_dim
-  float* over_keys;  // the operand of gemm_over_keys: V in the forward, K in the backward
+  float* over_keys;  // the operand of add_over_keys: V in the forward, K in the backward
   int64_t stride;    // of over_keys
 };
 

@@ -76,6 +76,14 @@ static inline f32v mul_add(f32v a, f32v b, f32v c) {
 #endif
 }
 
+// x, which the compiler may not load again at every use (g++ does, into each multiply-add).
+static inline f32v in_register(f32v x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 static inline i32v as_i32(f32v x) { return (i32v)x; }
 static inline f32v as_f32(i32v x) { return (f32v)x; }
 
@@ -92,7 +100,15 @@ static inline bool any(i32v mask) {
 }
 
 // The larger one; b where a is NaN, so a running maximum passes over NaN.
-static inline f32v max_number(f32v a, f32v b) { return a > b ? a : b; }
+static inline f32v max_number(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // e^x for x < 88, within 1 ulp; 0 below 2^-126; NaN stays NaN. x = n * log(2) + f with log(2) in
 // two pieces, the first of which times n is exact; e^f by a degree-6 minimax polynomial with p(0)
@@ -100,11 +116,10 @@ static inline f32v max_number(f32v a, f32v b) { return a > b ? a : b; }
 static inline f32v exp_vec(f32v x) {
   const f32v low = splat(-87.3365447f);   // log(2^-126)
   const f32v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer
-  const f32v y = x < low ? low : x;
-  const f32v t = mul_add(y, splat(1.44269504f), magic);
+  const f32v t = mul_add(x, splat(1.44269504f), magic);
   const f32v n = t - magic;
-  // -0.35 .. 0.35
-  const f32v f = mul_add(n, splat(2.12194440e-4f), mul_add(n, splat(-0.693359375f), y));
+  // -0.35 .. 0.35 where the result isn't 0
+  const f32v f = mul_add(n, splat(2.12194440e-4f), mul_add(n, splat(-0.693359375f), x));
   f32v p = splat(1.38436536e-3f);
   p = mul_add(p, f, splat(8.3741554e-3f));
   p = mul_add(p, f, splat(4.1668002e-2f));
@@ -112,9 +127,13 @@ static inline f32v exp_vec(f32v x) {
   p = mul_add(p, f, splat(4.99999942e-1f));
   p = mul_add(p, f, splat(1.00000003f));
   p = mul_add(p, f, splat(1.0f));
-  f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
-  r = x < low ? f32v{} : r;
-  return x == x ? r : x;
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);  // NaN too
+  return (f32v)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
+  const f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
+  return x == x ? (x < low ? f32v{} : r) : x;
+#endif
 }
 
 // Storage types. A float of either 16-bit format is rounded to nearest even, once, on store.
@@ -225,21 +244,33 @@ static inline void load_row(float* to, const T* from, int64_t n) {
   if (i < n) store(to + i, load_part(from + i, n - i));
 }
 
-#if defined(__AVX512BF16__)
-// Words of two bfloat16: those of a in the low halves, those of b in the high ones, rounded to
-// nearest even.
+// Words of two bfloat16, rounded to nearest even: a's value in the low half, b's in the high one.
 static inline f32v pair_words(f32v a, f32v b) {
+#if defined(__AVX512BF16__)
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);  // all of a, all of b
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-  return (f32v)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  u32v order;
+  for (int i = 0; i < kLanes; ++i) order[i] = i | (kLanes + i) << 16;
+  return (f32v)_mm512_permutexvar_epi16((__m512i)order, both);
+#else
+  uint16_t low[kLanes], high[kLanes];
+  Convert<bfloat16>::store(reinterpret_cast<bfloat16*>(low), a);
+  Convert<bfloat16>::store(reinterpret_cast<bfloat16*>(high), b);
+  const auto word = [](const uint16_t* x) { return __builtin_convertvector(load<u16v>(x), u32v); };
+  return (f32v)(word(low) | word(high) << 16);
+#endif
 }
 
-// The same of neighbours: a's 16 values in the first 8 words, b's in the others.
+// The same of neighbours: a's values in the first half of the words, b's in the second.
 static inline f32v neighbour_words(f32v a, f32v b) {
+#if defined(__AVX512BF16__)
   return (f32v)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-}
+#else
+  bfloat16 both[2 * kLanes];
+  Convert<bfloat16>::store(both, a);
+  Convert<bfloat16>::store(both + kLanes, b);
+  return load<f32v>(both);
 #endif
+}
 
 static inline f32v shuffle(f32v a, f32v b, i32v index) {  // index into (a, b)
 #if defined(__clang__)
