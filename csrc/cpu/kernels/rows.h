@@ -121,14 +121,16 @@ static inline void pair_keys(float* p, int64_t keys, int64_t lanes) {
   }
 }
 
-// Float [keys, lanes], lanes at most 2 * kLanes -> [keys, kLanes] along lanes, zero beyond the
-// last; `to` may be `from`.
+// Float [keys, lanes], lanes at most 2 * kLanes -> [keys, kLanes] along lanes, zero beyond the last
+// lane and in the rows up to a whole tile: a product adds those to the sums of later keys. `to` may
+// be `from`.
 static inline void pair_lanes(float* to, const float* from, int64_t keys, int64_t lanes) {
   for (int64_t m = 0; m < keys; ++m) {
     const f32v a = load<f32v>(from + m * lanes);
     const f32v b = lanes > kLanes ? load<f32v>(from + m * lanes + kLanes) : f32v{};
     store(to + m * kLanes, neighbour_words(a, b));
   }
+  std::memset(to + keys * kLanes, 0, (round_up(keys, kTile) - keys) * kLanes * sizeof(float));
 }
 
 // C[m][n] += sum over keys begin .. begin + keys of X[key][m] * P[key][n], N vectors of columns. X
