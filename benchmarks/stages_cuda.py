@@ -76,31 +76,15 @@ def measure(name: str, hot: bool) -> None:
     keys = (k, v, cu, cu_blocks, segment_lists, cu_keys, size, 0, 1)
     report("gather keys", lambda: ops.flash_gather_keys(*keys), 2 * segments * size * key)
     part, part_lse = ops.flash_gather([q], lse, *args)
-    merge = (
-        positions,
-        part,
-        part_lse,
-        own,
-        lse[:group],
-        *sequences,
-        heads_k,
-        *one,
-        out,
-        lse.clone(),
-    )
+    parts, outputs = (positions, part), (*sequences, heads_k, *one, out)
+    lses = (part_lse, own, lse[:group].clone())
     total = (used + 2 * tokens * group) * row
-    report("merge", lambda: ops.flash_merge(*merge), total)
-    merge = (positions, part, own, *sequences, heads_k, *one, out)
-    report("merge backward", lambda: ops.flash_merge_backward(*merge), total)
-    packs, own_dk, dk, dv = (
-        ops.flash_gather_keys(*keys),
-        k[:, :1],
-        k[:, :1].clone(),
-        v[:, :1].clone(),
-    )
-    reduce = (segment_offsets, *packs, own_dk, own_dk, *sequences, size, True, True, None, None)
+    report("merge", lambda: ops.flash_merge(*parts, *lses, *outputs, lse), total)
+    report("merge backward", lambda: ops.flash_merge_backward(*parts, own, *outputs), total)
+    packs, own, dk, dv = ops.flash_gather_keys(*keys), k[:, :1], k[:, 1:2], v[:, 1:2]
+    reduce = (segment_offsets, *packs, own, own, *sequences, size, True, True, None, None, dk, dv)
     total = (segments * size + 2 * tokens) * key
-    report("reduce keys", lambda: ops.flash_reduce_keys(*reduce, dk, dv), total)
+    report("reduce keys", lambda: ops.flash_reduce_keys(*reduce), total)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ namespace {
 using moba::ScalarType;
 using moba::Tensor;
 using moba::cuda::current_stream;
+using moba::cuda::data_of;
+using moba::cuda::ints;
 using moba::cuda::kernel_dtype;
+using moba::cuda::mutable_data_of;
 
 // Fills problem.cu_blocks; the returned tensor owns the memory.
 Tensor with_cu_blocks(moba::Problem& problem, const Tensor& cu_seqlens, int64_t max_seqlen_q,
@@ -88,8 +91,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   problem.block_size = block_size;
   problem.num_blocks = tokens_k / block_size + problem.batch;
   problem.slots = block_ids.size(2);
-  problem.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
-  problem.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
+  problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
   MOBA_CHECK(heads_k >= 1 && problem.heads_q % heads_k == 0, "block_ids has ", problem.heads_q,
              " query heads, not a multiple of ", heads_k, " KV heads");
   const int64_t lists = heads_k * problem.num_blocks;
@@ -100,25 +103,21 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   const cudaStream_t stream = current_stream(block_ids);
   const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_k, INT32_MAX, INT32_MAX);
   const moba::cuda::Group group{0, heads_k, 0, problem.tokens_q};
-  const auto buffer = [&](int64_t size) {
-    return torch::stable::new_empty(block_ids, {size}, ScalarType::Int);
-  };
   const int64_t total = block_ids.numel();
-  Tensor entries32 = buffer(total), positions = buffer(total), offsets32 = buffer(lists + 1);
-  Tensor workspace = buffer(moba::cuda::route_workspace(problem, group));
+  Tensor entries32 = ints(block_ids, total), positions = ints(block_ids, total);
+  Tensor offsets32 = ints(block_ids, lists + 1);
+  Tensor workspace = ints(block_ids, moba::cuda::route_workspace(problem, group));
   Tensor offsets = torch::stable::new_empty(block_ids, {lists + 1}, ScalarType::Long);
   Tensor entries = torch::stable::new_empty(block_ids, {total}, ScalarType::Long);
   moba::cuda::Routes routes{};
-  routes.entries = static_cast<int32_t*>(entries32.mutable_data_ptr());
-  routes.positions = static_cast<int32_t*>(positions.mutable_data_ptr());
-  routes.offsets = static_cast<int32_t*>(offsets32.mutable_data_ptr());
+  routes.entries = mutable_data_of<int32_t>(entries32);
+  routes.positions = mutable_data_of<int32_t>(positions);
+  routes.offsets = mutable_data_of<int32_t>(offsets32);
   routes.segment_rows = INT32_MAX;
-  STD_CUDA_CHECK(moba::cuda::route(problem, group,
-                                   static_cast<const int32_t*>(block_ids.const_data_ptr()), routes,
-                                   static_cast<int32_t*>(workspace.mutable_data_ptr()), stream));
-  STD_CUDA_CHECK(
-      moba::cuda::route_to_flat(problem, routes, static_cast<int64_t*>(offsets.mutable_data_ptr()),
-                                static_cast<int64_t*>(entries.mutable_data_ptr()), stream));
+  STD_CUDA_CHECK(moba::cuda::route(problem, group, data_of<int32_t>(block_ids), routes,
+                                   mutable_data_of<int32_t>(workspace), stream));
+  STD_CUDA_CHECK(moba::cuda::route_to_flat(problem, routes, mutable_data_of<int64_t>(offsets),
+                                           mutable_data_of<int64_t>(entries), stream));
   return {offsets, entries};
 }
 

@@ -25,24 +25,6 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-template <typename T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-T* mutable_data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-Rows rows_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-MutableRows mutable_rows_of(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-Tensor ints(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, ScalarType::Int);
-}
-
 // FlashAttention's dtypes.
 DType half_dtype(const Tensor& tensor, const char* name) {
   const DType dtype = kernel_dtype(tensor, name);
@@ -50,21 +32,10 @@ DType half_dtype(const Tensor& tensor, const char* name) {
   return dtype;
 }
 
-// [tokens, heads, D] of the dtype and device of `like`, any strides but the last.
-void check_shape(const Tensor& tensor, const char* name, const Tensor& like, int64_t tokens,
-                 int64_t heads, int64_t head_dim) {
-  check_rows(tensor, name, like);
-  MOBA_CHECK(tensor.size(0) == tokens && tensor.size(1) == heads && tensor.size(2) == head_dim,
-             name, " must be [", tokens, ", ", heads, ", ", head_dim, "]");
-}
-
-// Contiguous, `rows` rows of `width` elements, whatever dimensions of 1 stand between.
-void check_packed(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows,
-                  int64_t width, const Tensor& like) {
-  MOBA_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
-  MOBA_CHECK(tensor.is_contiguous() && tensor.numel() == rows * width, name,
-             " must be contiguous with ", rows, " x ", width, " elements");
-  MOBA_CHECK(tensor.device() == like.device(), name, " is on another device");
+int64_t check_head_dim(int64_t head_dim) {
+  MOBA_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, "head_dim must be from 1 to ", kMaxHeadDim,
+             ", got ", head_dim);
+  return head_dim;
 }
 
 // Fills in where the sequences are.
@@ -200,10 +171,8 @@ std::vector<Tensor> flash_gather(std::vector<Tensor> sources, std::optional<Tens
   Problem problem{};
   problem.tokens_q = like.size(0);
   problem.heads_q = like.size(1);
-  problem.head_dim = like.size(2);
+  problem.head_dim = check_head_dim(like.size(2));
   problem.heads_k = heads_k;
-  MOBA_CHECK(problem.head_dim >= 1 && problem.head_dim <= kMaxHeadDim,
-             "head_dim must be from 1 to ", kMaxHeadDim, ", got ", problem.head_dim);
   const Group group{head_begin, head_end, query_begin, query_end};
   const int64_t rows = check_group(problem, group);
   problem.slots = slots_of(entries, "entries", rows);
@@ -244,9 +213,7 @@ std::tuple<Tensor, Tensor> flash_gather_keys(Tensor k, Tensor v, Tensor cu_seqle
   check_shape(v, "v", k, k.size(0), k.size(1), k.size(2));
   Problem problem{};
   problem.heads_q = problem.heads_k = k.size(1);
-  problem.head_dim = k.size(2);
-  MOBA_CHECK(problem.head_dim >= 1 && problem.head_dim <= kMaxHeadDim,
-             "head_dim must be from 1 to ", kMaxHeadDim, ", got ", problem.head_dim);
+  problem.head_dim = check_head_dim(k.size(2));
   set_sequences(problem, cu_blocks, cu_seqlens_k, cu_seqlens_k);
   set_blocks(problem, k.size(0), block_size);
   const Group group{head_begin, head_end, 0, 0};
@@ -277,10 +244,8 @@ MergeParams merge_params(const Tensor& positions, const Tensor& part, const Tens
   check_rows(out, "out", out);
   problem.tokens_q = out.size(0);
   problem.heads_q = out.size(1);
-  problem.head_dim = out.size(2);
+  problem.head_dim = check_head_dim(out.size(2));
   problem.heads_k = heads_k;
-  MOBA_CHECK(problem.head_dim >= 1 && problem.head_dim <= kMaxHeadDim,
-             "head_dim must be from 1 to ", kMaxHeadDim, ", got ", problem.head_dim);
   const int64_t rows = check_group(problem, group);
   problem.slots = slots_of(positions, "positions", rows);
   check_vector(positions, "positions", ScalarType::Int, -1, out);
@@ -343,9 +308,7 @@ void flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack,
   check_rows(dk, "dk", dk);
   const int64_t heads = dk.size(1);
   problem.heads_q = problem.heads_k = heads;
-  problem.head_dim = dk.size(2);
-  MOBA_CHECK(problem.head_dim >= 1 && problem.head_dim <= kMaxHeadDim,
-             "head_dim must be from 1 to ", kMaxHeadDim, ", got ", problem.head_dim);
+  problem.head_dim = check_head_dim(dk.size(2));
   check_offsets(cu_seqlens_q, "cu_seqlens_q", dk);
   set_sequences(problem, cu_blocks, cu_seqlens_q, cu_seqlens_k);
   set_blocks(problem, dk.size(0), block_size);

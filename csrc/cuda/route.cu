@@ -187,14 +187,15 @@ __global__ void __launch_bounds__(kScanThreads) lists_kernel(int64_t lists, Rout
     routes.offsets[0] = 0;
     if (routes.segment_offsets != nullptr) routes.segment_offsets[0] = 0;
   }
+  const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
   int64_t carry = 0;
   for (int64_t begin = 0; begin < lists; begin += kScanThreads * kScanItems) {
     const int64_t first = begin + threadIdx.x * kScanItems;
     int64_t counts[kScanItems], sum = 0;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) {
-      const int64_t rows = first + i < lists ? routes.offsets[first + i + 1] : 0;
-      counts[i] = (rows + routes.segment_rows - 1) / routes.segment_rows << 32 | rows;
+      const uint32_t rows = first + i < lists ? routes.offsets[first + i + 1] : 0;
+      counts[i] = int64_t{(rows + segment_rows - 1) / segment_rows} << 32 | rows;
       sum += counts[i];
     }
     int64_t total;
