@@ -34,15 +34,42 @@ __device__ Load load(const T* from) {
   return *reinterpret_cast<const Load*>(from);
 }
 
-// The sequence that has table row `row`: the last one with cu_blocks[b] <= row. Wants
-// row < cu_blocks[batch].
-inline __device__ int64_t find_sequence(const int64_t* cu_blocks, int64_t batch, int64_t row) {
-  int64_t low = 0, high = batch;
+// The part of a run of offsets [parts + 1] that `at` falls in: the last one with offsets[part] <=
+// at, which is never an empty one. Wants offsets[0] <= at < offsets[parts].
+template <typename Offset>
+__device__ int64_t find_part(const Offset* offsets, int64_t parts, int64_t at) {
+  int64_t low = 0, high = parts;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (cu_blocks[middle] <= row ? low : high) = middle;
+    (offsets[middle] <= at ? low : high) = middle;
   }
   return low;
+}
+
+// The sequence that has table row `row`. Wants row < cu_blocks[batch].
+inline __device__ int64_t find_sequence(const int64_t* cu_blocks, int64_t batch, int64_t row) {
+  return find_part(cu_blocks, batch, row);
+}
+
+// Inclusive sum over a thread block of kThreads; `total` is that of all. scratch has one entry per
+// warp. Ends with all threads in step.
+template <int kThreads>
+__device__ int64_t block_scan(int64_t value, int64_t* scratch, int64_t& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int step = 1; step < 32; step *= 2) {
+    const int64_t below = __shfl_up_sync(~0u, value, step);
+    if (lane >= step) value += below;
+  }
+  if (lane == 31) scratch[warp] = value;
+  __syncthreads();
+  int64_t before = 0;
+  total = 0;
+  for (int other = 0; other < kThreads / 32; ++other) {
+    if (other == warp) before = total;
+    total += scratch[other];
+  }
+  __syncthreads();
+  return value + before;
 }
 
 }  // namespace moba::cuda

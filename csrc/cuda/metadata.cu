@@ -1,27 +1,13 @@
 // The block table's offsets from cu_seqlens_k, and the check of both cu_seqlens: one thread block.
+// Then, for attention over every block's own queries, their bounds: one thread per bound.
 
+#include "cuda/device.cuh"
 #include "cuda/stages.h"
 
 namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-
-// Inclusive sum over the thread block; scratch has one entry per warp. Ends with all threads in
-// step.
-__device__ int64_t scan(int64_t value, int64_t* scratch) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int step = 1; step < 32; step *= 2) {
-    const int64_t below = __shfl_up_sync(~0u, value, step);
-    if (lane >= step) value += below;
-  }
-  if (lane == 31) scratch[warp] = value;
-  __syncthreads();
-  int64_t before = 0;
-  for (int other = 0; other < warp; ++other) before += scratch[other];
-  __syncthreads();
-  return value + before;
-}
 
 // Whether [batch + 1] values are a non-decreasing run from 0 to `tokens`, no step above `longest`;
 // every thread looks at its share.
@@ -47,12 +33,10 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t length = int64_t{problem.cu_seqlens_k[b + 1]} - problem.cu_seqlens_k[b];
       blocks = length > 0 ? (length + problem.block_size - 1) / problem.block_size : 0;
     }
-    const int64_t end = carry + scan(blocks, scratch);
+    int64_t total;
+    const int64_t end = carry + block_scan<kThreads>(blocks, scratch, total);
     if (b < problem.batch) cu_blocks[b + 1] = end;
-    if (threadIdx.x == kThreads - 1) scratch[0] = end;
-    __syncthreads();
-    carry = scratch[0];
-    __syncthreads();
+    carry += total;
   }
   bool valid = valid_offsets(problem.cu_seqlens_k, problem.batch, problem.tokens_k, max_seqlen_k);
   if (problem.cu_seqlens_q != nullptr) {
@@ -63,11 +47,52 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) cu_blocks[0] = valid ? 0 : -1;
 }
 
+// Part i of the batch: sequence b takes parts cu_blocks[b] + b onwards, first the queries before
+// its first key, then its blocks.
+__global__ void __launch_bounds__(kThreads)
+    own_blocks_kernel(Problem problem, int32_t* own_cu_q, int32_t* own_cu_k) {
+  const int64_t parts = problem.num_blocks + problem.batch;
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i > parts) return;
+  const bool valid = problem.cu_blocks[0] == 0;
+  int64_t query = 0, key = 0;
+  if (valid && i >= problem.cu_blocks[problem.batch] + problem.batch) {
+    query = problem.tokens_q;
+    key = problem.tokens_k;
+  } else if (valid) {
+    int64_t b = 0, high = problem.batch;  // the last sequence whose parts begin at i or before
+    while (high - b > 1) {
+      const int64_t middle = (b + high) / 2;
+      (problem.cu_blocks[middle] + middle <= i ? b : high) = middle;
+    }
+    const int64_t block = i - problem.cu_blocks[b] - b - 1;
+    query = problem.cu_seqlens_q[b];
+    key = problem.cu_seqlens_k[b];
+    if (block >= 0) {
+      const int64_t queries = problem.cu_seqlens_q[b + 1] - query;
+      const int64_t before = problem.cu_seqlens_k[b + 1] - key - queries;
+      const int64_t first = block * problem.block_size - before;
+      query += first < 0 ? 0 : first < queries ? first : queries;
+      key += block * problem.block_size;
+    }
+  }
+  own_cu_q[i] = static_cast<int32_t>(query);
+  own_cu_k[i] = static_cast<int32_t>(key);
+}
+
 }  // namespace
 
 cudaError_t metadata(const Problem& problem, int64_t max_seqlen_q, int64_t max_seqlen_k,
                      int64_t* cu_blocks, cudaStream_t stream) {
   metadata_kernel<<<1, kThreads, 0, stream>>>(problem, max_seqlen_q, max_seqlen_k, cu_blocks);
+  return cudaGetLastError();
+}
+
+cudaError_t own_blocks(const Problem& problem, int32_t* own_cu_q, int32_t* own_cu_k,
+                       cudaStream_t stream) {
+  const int64_t bounds = problem.num_blocks + problem.batch + 1;
+  const auto grid = static_cast<unsigned>(ceil_div(bounds, kThreads));
+  own_blocks_kernel<<<grid, kThreads, 0, stream>>>(problem, own_cu_q, own_cu_k);
   return cudaGetLastError();
 }
 

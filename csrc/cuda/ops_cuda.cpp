@@ -1,7 +1,8 @@
 // CUDA implementations of the ops whose schemas csrc/ops.cpp defines: checks what shapes, dtypes
 // and devices tell (values stay on the device), allocates, launches on the caller's current stream.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <tuple>
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -10,28 +11,17 @@
 
 #include "checks.h"
 #include "cuda/stages.h"
+#include "cuda/tensors.h"
 
 namespace {
 
 using moba::ScalarType;
 using moba::Tensor;
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-moba::DType kernel_dtype(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return moba::DType::kFloat32;
-    case ScalarType::Half: return moba::DType::kFloat16;
-    case ScalarType::BFloat16: return moba::DType::kBFloat16;
-    default:
-      MOBA_CHECK(false, name, " must be float32, float16 or bfloat16 on CUDA, got dtype ",
-                 torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
+using moba::cuda::current_stream;
+using moba::cuda::data_of;
+using moba::cuda::ints;
+using moba::cuda::kernel_dtype;
+using moba::cuda::mutable_data_of;
 
 // Fills problem.cu_blocks; the returned tensor owns the memory.
 Tensor with_cu_blocks(moba::Problem& problem, const Tensor& cu_seqlens, int64_t max_seqlen_q,
@@ -77,6 +67,63 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   return kbar;
 }
 
+// block_ids int32 [Tq, Hq, K], local to the sequence, -1 where a slot is empty -> offsets int64
+// [Hk * NB + 1], entries int64 [Tq * Hq * K]: list g * NB + n is entries[offsets[list] :
+// offsets[list + 1]], indices into block_ids that ascend; -1 after the last list. An id that is not
+// a block of its sequence counts as empty.
+std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqlens_q,
+                                 const Tensor& cu_seqlens_k, int64_t tokens_k, int64_t heads_k,
+                                 int64_t block_size) {
+  MOBA_CHECK(block_ids.dim() == 3 && block_ids.scalar_type() == ScalarType::Int &&
+                 block_ids.is_contiguous(),
+             "block_ids must be contiguous int32 [Tq, Hq, K]");
+  moba::cuda::check_offsets(cu_seqlens_q, "cu_seqlens_q", block_ids);
+  moba::cuda::check_offsets(cu_seqlens_k, "cu_seqlens_k", block_ids);
+  MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
+             "cu_seqlens_q and cu_seqlens_k must have the same length");
+  MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  moba::Problem problem{};
+  problem.batch = cu_seqlens_k.numel() - 1;
+  problem.tokens_q = block_ids.size(0);
+  problem.tokens_k = tokens_k;
+  problem.heads_q = block_ids.size(1);
+  problem.heads_k = heads_k;
+  problem.block_size = block_size;
+  problem.num_blocks = tokens_k / block_size + problem.batch;
+  problem.slots = block_ids.size(2);
+  problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
+  MOBA_CHECK(heads_k >= 1 && problem.heads_q % heads_k == 0, "block_ids has ", problem.heads_q,
+             " query heads, not a multiple of ", heads_k, " KV heads");
+  const int64_t lists = heads_k * problem.num_blocks;
+  MOBA_CHECK(block_ids.numel() <= INT32_MAX && lists < INT32_MAX,
+             "block_ids and the lists must have less than 2^31 elements on CUDA");
+
+  const torch::stable::accelerator::DeviceGuard guard(block_ids.get_device_index());
+  const cudaStream_t stream = current_stream(block_ids);
+  const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_k, INT32_MAX, INT32_MAX);
+  const moba::cuda::Group group{0, heads_k, 0, problem.tokens_q};
+  const int64_t total = block_ids.numel();
+  Tensor entries32 = ints(block_ids, total), positions = ints(block_ids, total);
+  Tensor offsets32 = ints(block_ids, lists + 1);
+  Tensor workspace = ints(block_ids, moba::cuda::route_workspace(problem, group));
+  Tensor offsets = torch::stable::new_empty(block_ids, {lists + 1}, ScalarType::Long);
+  Tensor entries = torch::stable::new_empty(block_ids, {total}, ScalarType::Long);
+  moba::cuda::Routes routes{};
+  routes.entries = mutable_data_of<int32_t>(entries32);
+  routes.positions = mutable_data_of<int32_t>(positions);
+  routes.offsets = mutable_data_of<int32_t>(offsets32);
+  routes.segment_rows = INT32_MAX;
+  STD_CUDA_CHECK(moba::cuda::route(problem, group, data_of<int32_t>(block_ids), routes,
+                                   mutable_data_of<int32_t>(workspace), stream));
+  STD_CUDA_CHECK(moba::cuda::route_to_flat(problem, routes, mutable_data_of<int64_t>(offsets),
+                                           mutable_data_of<int64_t>(entries), stream));
+  return {offsets, entries};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) { m.impl("block_mean", TORCH_BOX(&block_mean)); }
+STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) {
+  m.impl("block_mean", TORCH_BOX(&block_mean));
+  m.impl("route", TORCH_BOX(&route));
+}

@@ -26,4 +26,114 @@ cudaError_t metadata(const Problem& problem, int64_t max_seqlen_q, int64_t max_s
 // block, zero for other rows. problem.cu_blocks as metadata leaves it.
 cudaError_t block_mean(const Problem& problem, const Rows& k, void* kbar, cudaStream_t stream);
 
+// What the flash backend works on at once: all query heads of KV heads [head_begin, head_end) and
+// queries [query_begin, query_end). Its rows are numbered
+//   row = ((head_k - head_begin) * queries + query - query_begin) * G + g,
+// R of them, heads * queries * G < 2^31; an entry is row * K + slot, also below 2^31. Its lists,
+// one per KV head and row n of the block table, are numbered (head_k - head_begin) * NB + n.
+struct Group {
+  int64_t head_begin, head_end, query_begin, query_end;
+
+  int64_t heads() const { return head_end - head_begin; }
+  int64_t queries() const { return query_end - query_begin; }
+};
+
+// The bounds in q and k of every block with its own queries, for causal attention that is aligned
+// to the end of each: [NB + batch + 1] both. Sequence b starts at part cu_blocks[b] + b, with a
+// part without keys for the queries before its first key; its blocks follow. A block without own
+// queries is a part with keys alone. Parts that are not used are empty and come last. Invalid
+// cu_seqlens: all zero.
+cudaError_t own_blocks(const Problem& problem, int32_t* own_cu_q, int32_t* own_cu_k,
+                       cudaStream_t stream);
+
+// Output of route. A list is cut into segments of at most segment_rows entries.
+struct Routes {
+  int32_t* entries;          // [R * K] by list, ascending within a list; total = offsets[lists] set
+  int32_t* positions;        // [R * K] where entry (row, slot) stands in entries, or -1
+  int32_t* offsets;          // [lists + 1] of the lists in entries
+  int32_t* segment_offsets;  // [lists + 1] of the lists in segments; null: no segments wanted
+  int32_t* segment_lists;    // [max_segments] list of every segment, -1 where not used
+  int32_t* cu_rows;          // [max_segments + 1] of the segments in entries, total where not used
+  int32_t* cu_keys;          // [max_segments + 1] min(segment, used segments) * B
+  int64_t max_segments;      // lists + ceil(R * K / segment_rows) is enough
+  int64_t segment_rows;
+};
+
+// Elements of int32 workspace that route needs.
+int64_t route_workspace(const Problem& problem, const Group& group);
+
+// ids [Tq, Hq, K], local to the sequence, -1 where a slot is empty -> routes. An id that is not a
+// block of its sequence counts as empty, and so do all of them when cu_seqlens are invalid.
+cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
+                  const Routes& routes, int32_t* workspace, cudaStream_t stream);
+
+// routes of all heads and queries -> offsets [lists + 1], and entries [Tq * Hq * K] as indices into
+// ids, -1 after the last.
+cudaError_t route_to_flat(const Problem& problem, const Routes& routes, int64_t* offsets,
+                          int64_t* entries, cudaStream_t stream);
+
+// Like Rows, to write to.
+struct MutableRows {
+  void* data;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+// Tensors of 16-bit elements that are packed in one launch.
+constexpr int kMaxSources = 3;
+struct Sources {
+  int count;
+  Rows from[kMaxSources];
+  void* to[kMaxSources];
+};
+
+// [Tq, Hq, D] tensors -> [R * K, D]: row i is that of entry entries[i], for i < offsets[lists]; the
+// others are left alone. lse [Hq, Tq] -> lse_rows [R * K] likewise; both may be null.
+cudaError_t gather_rows(const Problem& problem, const Group& group, const Sources& sources,
+                        const float* lse, const int32_t* entries, const int32_t* total,
+                        float* lse_rows, cudaStream_t stream);
+
+// [Tk, Hk, D] tensors -> [max_segments * B, D]: the keys of every used segment's block, zero where
+// the block is short; what belongs to segments not used is left alone.
+cudaError_t gather_keys(const Problem& problem, const Group& group, const Sources& sources,
+                        const int32_t* segment_lists, const int32_t* cu_keys, int64_t max_segments,
+                        cudaStream_t stream);
+
+// The parts of every row: one per slot, at its position, and that of the own block. The latter
+// counts only where the query has keys, whatever stands there.
+struct MergeParams {
+  Problem problem;
+  Group group;
+  const int32_t* positions;  // [R * K]
+  const void* part;          // [R * K, D]
+  const float* part_lse;     // [R * K] natural log; merge only
+  Rows own;                  // [Tq, heads * G, D]
+  const float* own_lse;      // [heads * G, Tq] natural log; merge only
+  MutableRows out;           // [Tq, Hq, D]; may be the memory of own if element for element
+  float* lse;                // [Hq, Tq]; merge only; not the memory of own_lse
+};
+
+// One softmax over the parts of a row -> out, lse of the group's heads and queries. A query without
+// keys: out 0, lse -inf.
+cudaError_t merge(const MergeParams& params, cudaStream_t stream);
+
+// part and own are gradients of q, summed in the order of the slots, the own one last -> out.
+cudaError_t merge_backward(const MergeParams& params, cudaStream_t stream);
+
+// Gradients of k and v, of `heads` = group.heads() heads; 2 * heads * Tk < 2^31.
+struct ReduceParams {
+  Problem problem;
+  Group group;
+  const int32_t* segment_offsets;  // [lists + 1]
+  const void* pack[2];             // [max_segments * B, D]
+  Rows own[2];                     // [Tk, heads, D] by each block's own queries
+  float* sum[2];       // [Tk, heads, D] over the ranges so far; null where first and last
+  MutableRows out[2];  // [Tk, heads, D], written by the last range
+  bool first, last;    // of the ranges of queries: the first starts from own
+};
+
+// For every key the fp32 sum of its own part and of its block's segments in ascending order,
+// carried over ranges of queries in `sum`, rounded once.
+cudaError_t reduce_keys(const ReduceParams& params, cudaStream_t stream);
+
 }  // namespace moba::cuda

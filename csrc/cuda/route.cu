@@ -1,0 +1,351 @@
+// block_ids [Tq, Hq, K] turned around: for every (KV head, block) the entries that chose it.
+//
+// A stable counting sort of the entries of each KV head, cut into tiles, by block. Four launches:
+//   count   one thread block per tile: table[head, tile, n] = entries of the tile that chose block
+//   n tiles   one warp lane per (head, n): the table becomes its running sum over tiles lists   one
+//   thread block: running sums over lists of entries and of segments place   one warp per tile
+//   walks its entries in order, with a counter per block; the first thread
+//           blocks of the grid write the segments
+// Positions are sums of counts, and lanes of a warp that chose the same block are ranked by lane:
+// the result does not depend on scheduling. A tile has as many entries as there are blocks at
+// least, so the table is no larger than the entries.
+
+#include <algorithm>
+
+#include "cuda/device.cuh"
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kCountThreads = 256;
+constexpr int kScanThreads = 1024;
+constexpr int kScanItems = 8;  // lists per thread
+constexpr int kTileScanWarps = 16;
+constexpr int kPlaceWarps = 8;
+constexpr int kFlatThreads = 256;
+constexpr int kUnroll = 4;
+constexpr int64_t kMinTile = 256;
+constexpr int64_t kMostTiles = 8192;  // enough warps for a large GPU
+// Counters of a tile are in shared memory up to this size, else in the table: more of them would
+// leave too few warps per multiprocessor to hide the latency of either.
+constexpr int64_t kMaxShared = 48 * 1024;
+
+// Sizes of the sort; entries are counted within a KV head.
+struct Sort {
+  const int32_t* ids;           // [Tq, Hq, K]
+  const int32_t* cu_seqlens_q;  // [batch + 1]
+  const int64_t* cu_blocks;     // [batch + 1]
+  int64_t batch;
+  int64_t query_stride;  // Hq * K
+  uint32_t query_begin;
+  uint32_t head_begin;
+  uint32_t query_entries;  // G * K
+  uint32_t entries;        // of a KV head
+  uint32_t tile, tiles;    // entries of a tile, tiles of a KV head
+  uint32_t heads;
+  uint32_t num_blocks;
+};
+
+// At least one, so that a table without blocks divides nothing by zero.
+int64_t counters_bytes(int64_t num_blocks) {
+  return std::max<int64_t>(num_blocks, 1) * static_cast<int64_t>(sizeof(int32_t));
+}
+
+Sort make_sort(const Problem& problem, const Group& group) {
+  Sort sort{};
+  sort.cu_seqlens_q = problem.cu_seqlens_q;
+  sort.cu_blocks = problem.cu_blocks;
+  sort.batch = problem.batch;
+  sort.query_stride = problem.heads_q * problem.slots;
+  sort.query_begin = static_cast<uint32_t>(group.query_begin);
+  sort.head_begin = static_cast<uint32_t>(group.head_begin);
+  sort.query_entries = static_cast<uint32_t>(problem.group() * problem.slots);
+  sort.heads = static_cast<uint32_t>(group.heads());
+  sort.num_blocks = static_cast<uint32_t>(problem.num_blocks);
+  const int64_t entries = group.queries() * problem.group() * problem.slots;
+  const int64_t tile =
+      std::max({problem.num_blocks, kMinTile, ceil_div(entries * group.heads(), kMostTiles)});
+  sort.entries = static_cast<uint32_t>(entries);
+  sort.tile = static_cast<uint32_t>(round_up(tile, 32 * kUnroll));
+  sort.tiles = static_cast<uint32_t>(ceil_div(entries, sort.tile));
+  return sort;
+}
+
+// The sequence that a thread is in; its entries ascend.
+struct Sequence {
+  uint32_t query_end = 0;
+  int32_t first_block = 0;
+  int32_t blocks = 0;
+};
+
+// Invalid cu_seqlens give a sequence of all queries without blocks.
+__device__ Sequence find_sequence_of_query(const Sort& sort, uint32_t query) {
+  Sequence sequence;
+  if (sort.cu_blocks[0] != 0) {
+    sequence.query_end = ~0u;
+  } else {
+    const int64_t b = find_part(sort.cu_seqlens_q, sort.batch, query);
+    sequence.query_end = static_cast<uint32_t>(sort.cu_seqlens_q[b + 1]);
+    sequence.first_block = static_cast<int32_t>(sort.cu_blocks[b]);
+    sequence.blocks = static_cast<int32_t>(sort.cu_blocks[b + 1] - sort.cu_blocks[b]);
+  }
+  return sequence;
+}
+
+// Block table rows, or -1, of entries first + u * step, for those below `end`.
+__device__ void load_blocks(const Sort& sort, uint32_t head, uint32_t first, uint32_t step,
+                            uint32_t end, Sequence& sequence, int32_t (&blocks)[kUnroll]) {
+  uint32_t queries[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const uint32_t entry = first + u * step;
+    const uint32_t query = entry / sort.query_entries, rest = entry % sort.query_entries;
+    queries[u] = sort.query_begin + query;
+    blocks[u] = -1;
+    if (entry < end) {
+      blocks[u] = sort.ids[queries[u] * sort.query_stride +
+                           int64_t{sort.head_begin + head} * sort.query_entries + rest];
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (blocks[u] < 0) continue;
+    if (queries[u] >= sequence.query_end) sequence = find_sequence_of_query(sort, queries[u]);
+    blocks[u] = blocks[u] < sequence.blocks ? sequence.first_block + blocks[u] : -1;
+  }
+}
+
+template <bool kShared>
+__global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t* table) {
+  extern __shared__ int32_t shared_counts[];  // [NB]
+  int32_t* const row = table + int64_t{blockIdx.x} * sort.num_blocks;
+  int32_t* const counts = kShared ? shared_counts : row;
+  for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += kCountThreads) counts[n] = 0;
+  __syncthreads();
+  const uint32_t head = blockIdx.x / sort.tiles, begin = blockIdx.x % sort.tiles * sort.tile;
+  const uint32_t end = min(begin + sort.tile, sort.entries);
+  Sequence sequence;
+  for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * kCountThreads) {
+    int32_t blocks[kUnroll];
+    load_blocks(sort, head, first, kCountThreads, end, sequence, blocks);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (blocks[u] >= 0) atomicAdd(counts + blocks[u], 1);
+    }
+  }
+  if (!kShared) return;
+  __syncthreads();
+  for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += kCountThreads) row[n] = counts[n];
+}
+
+// 32 lists per thread block, its warps take runs of tiles. Leaves the length of list i in
+// offsets[i + 1].
+__global__ void __launch_bounds__(kTileScanWarps * 32)
+    tiles_kernel(Sort sort, int32_t* table, int32_t* offsets) {
+  __shared__ int32_t sums[kTileScanWarps][32];
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t columns = (sort.num_blocks + 31) / 32;
+  const uint32_t head = blockIdx.x / columns, n = blockIdx.x % columns * 32 + lane;
+  const bool inside = n < sort.num_blocks;
+  const uint32_t share = (sort.tiles + kTileScanWarps - 1) / kTileScanWarps;
+  const uint32_t first = min(warp * share, sort.tiles);
+  const uint32_t last = inside ? min(first + share, sort.tiles) : first;
+  int32_t* const counts = table + int64_t{head} * sort.tiles * sort.num_blocks + n;
+
+  int32_t sum = 0;
+#pragma unroll 8
+  for (uint32_t tile = first; tile < last; ++tile) sum += counts[int64_t{tile} * sort.num_blocks];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  int32_t before = 0;
+  for (uint32_t other = 0; other < warp; ++other) before += sums[other][lane];
+
+  constexpr uint32_t kAtOnce = 8;
+  for (uint32_t tile = first; tile < last; tile += kAtOnce) {
+    int32_t count[kAtOnce];
+#pragma unroll
+    for (uint32_t u = 0; u < kAtOnce; ++u) {
+      count[u] = tile + u < last ? counts[int64_t{tile + u} * sort.num_blocks] : 0;
+    }
+#pragma unroll
+    for (uint32_t u = 0; u < kAtOnce; ++u) {
+      if (tile + u < last) counts[int64_t{tile + u} * sort.num_blocks] = before;
+      before += count[u];
+    }
+  }
+  if (warp == kTileScanWarps - 1 && inside) {
+    offsets[int64_t{head} * sort.num_blocks + n + 1] = before;
+  }
+}
+
+// Lengths in offsets[i + 1] become offsets; segments are counted along. Both sums are below 2^31
+// and travel in one 64-bit number.
+__global__ void __launch_bounds__(kScanThreads) lists_kernel(int64_t lists, Routes routes) {
+  __shared__ int64_t scratch[kScanThreads / 32];
+  if (threadIdx.x == 0) {
+    routes.offsets[0] = 0;
+    if (routes.segment_offsets != nullptr) routes.segment_offsets[0] = 0;
+  }
+  const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
+  int64_t carry = 0;
+  for (int64_t begin = 0; begin < lists; begin += kScanThreads * kScanItems) {
+    const int64_t first = begin + threadIdx.x * kScanItems;
+    int64_t counts[kScanItems], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kScanItems; ++i) {
+      const uint32_t rows = first + i < lists ? routes.offsets[first + i + 1] : 0;
+      counts[i] = int64_t{(rows + segment_rows - 1) / segment_rows} << 32 | rows;
+      sum += counts[i];
+    }
+    int64_t total;
+    int64_t running = carry + block_scan<kScanThreads>(sum, scratch, total) - sum;
+#pragma unroll
+    for (int i = 0; i < kScanItems; ++i) {
+      running += counts[i];
+      if (first + i >= lists) break;
+      routes.offsets[first + i + 1] = static_cast<int32_t>(running);
+      if (routes.segment_offsets != nullptr) {
+        routes.segment_offsets[first + i + 1] = static_cast<int32_t>(running >> 32);
+      }
+    }
+    carry += total;
+  }
+}
+
+// segment in [0, max_segments].
+__device__ void write_segment(const Routes& routes, int64_t lists, int64_t block_size,
+                              int64_t segment) {
+  const int64_t used = routes.segment_offsets[lists];
+  int64_t list = -1, begin = routes.offsets[lists];
+  if (segment < used) {
+    list = find_part(routes.segment_offsets, lists, segment);
+    begin = routes.offsets[list] + (segment - routes.segment_offsets[list]) * routes.segment_rows;
+  }
+  if (segment < routes.max_segments) routes.segment_lists[segment] = static_cast<int32_t>(list);
+  routes.cu_rows[segment] = static_cast<int32_t>(begin);
+  routes.cu_keys[segment] = static_cast<int32_t>(min(segment, used) * block_size);
+}
+
+template <bool kShared>
+__global__ void __launch_bounds__(kPlaceWarps * 32)
+    place_kernel(Sort sort, Routes routes, int64_t block_size, uint32_t segment_blocks,
+                 int32_t* table) {
+  extern __shared__ int32_t shared_counters[];  // [warps, NB]
+  if (blockIdx.x < segment_blocks) {
+    const int64_t segment = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (segment <= routes.max_segments) {
+      write_segment(routes, int64_t{sort.heads} * sort.num_blocks, block_size, segment);
+    }
+    return;
+  }
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t item = (blockIdx.x - segment_blocks) * (blockDim.x / 32) + warp;
+  if (item >= sort.heads * sort.tiles) return;
+  const uint32_t head = item / sort.tiles, begin = item % sort.tiles * sort.tile;
+  const uint32_t end = min(begin + sort.tile, sort.entries);
+  const uint32_t head_entries = head * sort.entries;
+  const int32_t* const list_offsets = routes.offsets + int64_t{head} * sort.num_blocks;
+  int32_t* const row = table + int64_t{item} * sort.num_blocks;
+  // Of every block, the place of the tile's next entry: in entries, or in its list for the table.
+  int32_t* const counters = kShared ? shared_counters + warp * sort.num_blocks : row;
+  if (kShared) {
+    for (uint32_t n = lane; n < sort.num_blocks; n += 32) counters[n] = row[n] + list_offsets[n];
+    __syncwarp();
+  }
+
+  Sequence sequence;
+  for (uint32_t first = begin + lane; first - lane < end; first += kUnroll * 32) {
+    int32_t blocks[kUnroll];
+    load_blocks(sort, head, first, 32, end, sequence, blocks);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t entry = first + u * 32;
+      const unsigned same = __match_any_sync(~0u, blocks[u]);
+      const bool chosen = blocks[u] >= 0;
+      int32_t place = 0;
+      if (chosen) place = counters[blocks[u]] + __popc(same & ((1u << lane) - 1));
+      __syncwarp();
+      if (chosen && same >> lane == 1) counters[blocks[u]] = place + 1;
+      __syncwarp();
+      if (chosen && !kShared) place += list_offsets[blocks[u]];
+      if (entry < end) routes.positions[head_entries + entry] = chosen ? place : -1;
+      if (chosen) routes.entries[place] = static_cast<int32_t>(head_entries + entry);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kFlatThreads)
+    flat_kernel(Routes routes, int64_t lists, uint32_t total, uint32_t head_entries,
+                uint32_t query_entries, int64_t query_stride, int64_t* offsets, int64_t* entries) {
+  const int64_t i = int64_t{blockIdx.x} * kFlatThreads + threadIdx.x;
+  if (i <= lists) offsets[i] = routes.offsets[i];
+  if (i >= total) return;
+  int64_t flat = -1;
+  if (i < routes.offsets[lists]) {
+    const uint32_t entry = routes.entries[i];
+    const uint32_t head = entry / head_entries, rest = entry % head_entries;
+    flat =
+        rest / query_entries * query_stride + int64_t{head} * query_entries + rest % query_entries;
+  }
+  entries[i] = flat;
+}
+
+template <bool kShared>
+void launch(const Sort& sort, const Routes& routes, int64_t block_size, int32_t* table,
+            cudaStream_t stream) {
+  const int64_t lists = int64_t{sort.heads} * sort.num_blocks;
+  const uint32_t tiles = sort.heads * sort.tiles;
+  const int64_t counter_bytes = kShared ? counters_bytes(sort.num_blocks) : 0;
+  if (tiles > 0)
+    count_kernel<kShared><<<tiles, kCountThreads, counter_bytes, stream>>>(sort, table);
+  if (lists > 0) {
+    const uint32_t columns = (sort.num_blocks + 31) / 32;
+    tiles_kernel<<<sort.heads * columns, kTileScanWarps * 32, 0, stream>>>(sort, table,
+                                                                           routes.offsets);
+  }
+  lists_kernel<<<1, kScanThreads, 0, stream>>>(lists, routes);
+  int64_t warps = kPlaceWarps;
+  if constexpr (kShared) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
+  const int64_t segment_blocks =
+      routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
+  const int64_t grid = segment_blocks + ceil_div(tiles, warps);
+  if (grid > 0) {
+    place_kernel<kShared><<<grid, warps * 32, warps * counter_bytes, stream>>>(
+        sort, routes, block_size, static_cast<uint32_t>(segment_blocks), table);
+  }
+}
+
+}  // namespace
+
+int64_t route_workspace(const Problem& problem, const Group& group) {
+  const Sort sort = make_sort(problem, group);
+  return int64_t{sort.heads} * sort.tiles * sort.num_blocks;
+}
+
+cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
+                  const Routes& routes, int32_t* workspace, cudaStream_t stream) {
+  Sort sort = make_sort(problem, group);
+  sort.ids = ids;
+  if (counters_bytes(problem.num_blocks) <= kMaxShared) {
+    launch<true>(sort, routes, problem.block_size, workspace, stream);
+  } else {
+    launch<false>(sort, routes, problem.block_size, workspace, stream);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t route_to_flat(const Problem& problem, const Routes& routes, int64_t* offsets,
+                          int64_t* entries, cudaStream_t stream) {
+  const int64_t lists = problem.heads_k * problem.num_blocks;
+  const int64_t query_entries = problem.group() * problem.slots;
+  const int64_t head_entries = problem.tokens_q * query_entries;
+  const int64_t total = problem.heads_k * head_entries;
+  const auto grid = static_cast<unsigned>(ceil_div(std::max(lists + 1, total), kFlatThreads));
+  flat_kernel<<<grid, kFlatThreads, 0, stream>>>(
+      routes, lists, static_cast<uint32_t>(total), static_cast<uint32_t>(head_entries),
+      static_cast<uint32_t>(query_entries), problem.heads_q * problem.slots, offsets, entries);
+  return cudaGetLastError();
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,84 @@
+// What the CUDA ops share on the side of tensors: the current stream, access, checks.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "checks.h"
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline DType kernel_dtype(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default:
+      MOBA_CHECK(false, name, " must be float32, float16 or bfloat16 on CUDA, got dtype ",
+                 torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+template <typename T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+inline Rows rows_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+inline MutableRows mutable_rows_of(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+inline Tensor ints(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, {size}, ScalarType::Int);
+}
+
+// A contiguous vector on the device of `like`; size -1 is any.
+inline void check_vector(const Tensor& tensor, const char* name, ScalarType dtype, int64_t size,
+                         const Tensor& like) {
+  MOBA_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.is_contiguous() &&
+                 (size < 0 || tensor.numel() == size),
+             name, " must be a contiguous ", torch::headeronly::toString(dtype), " vector of ",
+             size < 0 ? tensor.numel() : size, " elements, got ", tensor.numel());
+  MOBA_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+             " must be on the CUDA device of the other tensors");
+}
+
+// int32 [batch + 1]; its values stay on the device.
+inline void check_offsets(const Tensor& cu_seqlens, const char* name, const Tensor& like) {
+  check_vector(cu_seqlens, name, ScalarType::Int, -1, like);
+  MOBA_CHECK(cu_seqlens.numel() >= 1, name, " must have batch + 1 elements");
+}
+
+// [tokens, heads, D] of the dtype and device of `like`, any strides but the last.
+inline void check_shape(const Tensor& tensor, const char* name, const Tensor& like, int64_t tokens,
+                        int64_t heads, int64_t head_dim) {
+  check_rows(tensor, name, like);
+  MOBA_CHECK(tensor.size(0) == tokens && tensor.size(1) == heads && tensor.size(2) == head_dim,
+             name, " must be [", tokens, ", ", heads, ", ", head_dim, "]");
+}
+
+// Contiguous, `rows` rows of `width` elements, whatever dimensions of 1 stand between.
+inline void check_packed(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows,
+                         int64_t width, const Tensor& like) {
+  MOBA_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  MOBA_CHECK(tensor.is_contiguous() && tensor.numel() == rows * width, name,
+             " must be contiguous with ", rows, " x ", width, " elements");
+  MOBA_CHECK(tensor.device() == like.device(), name, " is on another device");
+}
+
+}  // namespace moba::cuda
