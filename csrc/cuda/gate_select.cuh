@@ -55,10 +55,14 @@ class List {
 
   __device__ void insert(int32_t key, int32_t id) {
 #pragma unroll
-    for (int i = kSlots - 1; i >= 0; --i) {
-      const bool above = key >= key_[i], above_next = i > 0 && key >= key_[i > 0 ? i - 1 : 0];
-      key_[i] = above_next ? key_[i > 0 ? i - 1 : 0] : above ? key : key_[i];
-      id_[i] = above_next ? id_[i > 0 ? i - 1 : 0] : above ? id : id_[i];
+    for (int i = 0; i < kSlots; ++i) {
+      // The better of the two stays here, the other moves on.
+      const bool above = key >= key_[i];
+      const int32_t low = min(key, key_[i]), low_id = above ? id_[i] : id;
+      key_[i] = max(key, key_[i]);
+      id_[i] = above ? id : id_[i];
+      key = low;
+      id = low_id;
     }
   }
 

@@ -25,7 +25,9 @@ namespace {
 constexpr int kWarps = kGateThreads / 32;
 constexpr unsigned kAllLanes = ~0u;
 constexpr int kMaxListSlots = 32;
-static_assert(kTileBlocks == 64 && kChunkBlocks == 32, "a row's survivors are bits of a uint64_t");
+static_assert(kTileBlocks == 64 && kChunkBlocks == 32, "a row's survivors are bits of two words");
+// Columns of the buffer, one more than needed: 8 rows x 4 columns 8 apart meet all banks.
+constexpr int kPitch = kTileBlocks + 1;
 
 // A row as the whole thread block sees it.
 struct Row {
@@ -40,8 +42,8 @@ template <typename S, typename Best>
 struct Shared {
   static constexpr int kWarpRows = S::kRowGroups * 8;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kScores = 2 * S::kStageBytes;  // float [warp][chunk][row / 8][b][lane]
-  static constexpr int kMasks = kScores + kRows * kTileBlocks * 4;  // byte [warp][chunk][row][t]
+  static constexpr int kScores = 2 * S::kStageBytes;           // float [row][kPitch]
+  static constexpr int kMasks = kScores + kRows * kPitch * 4;  // byte [warp][chunk][row][t]
   static constexpr int kRowTable = kMasks + kRows * kTileBlocks / 8;
   static constexpr int kHeap = kRowTable + kRows * static_cast<int>(sizeof(Row));
 
@@ -141,8 +143,8 @@ class Selector {
 
   __device__ Selector(char* shared, Best& best) : best_(best) {
     const int warp = threadIdx.x / 32;
-    buffer_ = reinterpret_cast<float*>(shared + Shared<S, Best>::kScores) +
-              warp * kWarpRows * kTileBlocks;
+    buffer_ =
+        reinterpret_cast<float*>(shared + Shared<S, Best>::kScores) + warp * kWarpRows * kPitch;
     masks_ = reinterpret_cast<uint8_t*>(shared + Shared<S, Best>::kMasks) +
              warp * kWarpRows * kTileBlocks / 8;
   }
@@ -158,23 +160,28 @@ class Selector {
   template <typename T>
   __device__ void select(const S& scorer, const char* stage, const Centroids<T>& centroids,
                          int first, int head_dim) {
-    uint64_t pending = 0;
+    uint32_t upper = 0;  // survivors of chunk 1, if they wait for those of chunk 0
 #pragma unroll 1
     for (int chunk = 1; chunk >= 0; --chunk) {
-      const int column = chunk * kChunkBlocks;
-      if (first + column >= warp_past_) continue;
+      const int column = first + chunk * kChunkBlocks;
+      if (column >= warp_past_) continue;
       float s[kRowGroups][kLaneBlocks];
       scorer.scores(stage, centroids, first, chunk, head_dim, s);
-      push(s, first + column, chunk);
+      push(s, column, chunk);
       __syncwarp();
+      uint32_t survivors = 0;
       if (owner()) {
-        pending |= uint64_t{reinterpret_cast<const uint32_t*>(masks_)[chunk * kWarpRows + lane()]}
-                   << column;
+        survivors = reinterpret_cast<const uint32_t*>(masks_)[chunk * kWarpRows + lane()] &
+                    first_bits(past_ - column);
+      }
+      if (chunk == 1) {
+        upper = survivors;
+        survivors = 0;
       }
       // A list with room takes everything: fill it from 32 columns and have a threshold for more.
       if (filling_ || chunk == 0) {
-        drain(pending & valid_columns(first), first);
-        pending = 0;
+        drain(upper, survivors, first);
+        upper = 0;
         publish();
       }
     }
@@ -191,9 +198,8 @@ class Selector {
     filling_ = __any_sync(kAllLanes, isnan(threshold_));
   }
 
-  __device__ uint64_t valid_columns(int first) const {
-    const int columns = past_ - first;
-    return columns <= 0 ? 0 : columns >= kTileBlocks ? ~uint64_t{0} : (uint64_t{1} << columns) - 1;
+  static __device__ uint32_t first_bits(int count) {
+    return count <= 0 ? 0 : ~uint32_t{0} >> (32 - min(count, 32));
   }
 
   __device__ void push(const float (&s)[kRowGroups][kLaneBlocks], int first, int chunk) {
@@ -213,7 +219,7 @@ class Selector {
         raise_thresholds<Best::kGroups>(s, limit, threshold);
       }
     }
-    float* const buffer = buffer_ + chunk * kWarpRows * kChunkBlocks + lane();
+    float* const buffer = buffer_ + g * kPitch + chunk * kChunkBlocks + t * kLaneBlocks;
     uint8_t* const masks = masks_ + (chunk * kWarpRows + g) * 4 + t;
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) {
@@ -221,7 +227,7 @@ class Selector {
 #pragma unroll
       for (int b = 0; b < kLaneBlocks; ++b) {
         if (!(s[i][b] < threshold[i])) {
-          buffer[(i * kLaneBlocks + b) * 32] = s[i][b];
+          buffer[i * 8 * kPitch + b] = s[i][b];
           mask |= 1u << b;
         }
       }
@@ -229,22 +235,22 @@ class Selector {
     }
   }
 
-  // Inserts the marked columns of the lane's row; the load of a score runs ahead of the insertion
-  // before it.
-  __device__ void drain(uint64_t mask, int first) {
-    const float* const row = buffer_ + lane() % kWarpRows / 8 * (kLaneBlocks * 32) + lane() % 8 * 4;
-    const auto score_at = [&](int column) {
-      return row[column / kChunkBlocks * (kWarpRows * kChunkBlocks) + column % kLaneBlocks * 32 +
-                 column / kLaneBlocks % 4];
+  // Inserts the marked columns of the lane's row. The load of a score runs ahead of the insertion
+  // before it; volatile, or the compiler moves it behind.
+  __device__ void drain(uint32_t high, uint32_t low, int first) {
+    const volatile float* const row = buffer_ + lane() % kWarpRows * kPitch;
+    // The newest marked column; column 63 where none is.
+    const auto newest = [&] {
+      return (high != 0 ? 63 - __clz(static_cast<int>(high)) : 31 - __clz(static_cast<int>(low))) &
+             (kTileBlocks - 1);
     };
-    const auto newest = [&] { return (63 - __clzll(mask)) & 63; };  // some column of an empty mask
     int column = newest();
-    float score = score_at(column);
-    while (mask != 0) {
-      mask ^= uint64_t{1} << column;
+    float score = row[column];
+    while ((high | low) != 0) {
       const int32_t key = key_of(score), id = first + column;
+      (high != 0 ? high : low) ^= 1u << column % kChunkBlocks;
       column = newest();
-      score = score_at(column);
+      score = row[column];
       best_.insert(key, id);
     }
     __syncwarp();
