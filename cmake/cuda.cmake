@@ -106,7 +106,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 find_package(CUDAToolkit REQUIRED)
 
 file(GLOB_RECURSE MOBA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
-add_library(moba_cuda MODULE ${MOBA_CUDA_SOURCES})
+add_library(moba_cuda MODULE csrc/plan.cpp ${MOBA_CUDA_SOURCES})
 target_compile_definitions(moba_cuda PRIVATE USE_CUDA)
 target_compile_options(moba_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo
   -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage>)

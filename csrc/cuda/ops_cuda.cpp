@@ -12,16 +12,19 @@
 #include "checks.h"
 #include "cuda/stages.h"
 #include "cuda/tensors.h"
+#include "plan.h"
 
 namespace {
 
 using moba::ScalarType;
 using moba::Tensor;
+using moba::cuda::check_offsets;
 using moba::cuda::current_stream;
 using moba::cuda::data_of;
 using moba::cuda::ints;
 using moba::cuda::kernel_dtype;
 using moba::cuda::mutable_data_of;
+using moba::cuda::rows_of;
 
 // Fills problem.cu_blocks; the returned tensor owns the memory.
 Tensor with_cu_blocks(moba::Problem& problem, const Tensor& cu_seqlens, int64_t max_seqlen_q,
@@ -42,11 +45,7 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   MOBA_CHECK(k.stride(2) == 1, "k must be contiguous in its last dimension, got stride ",
              k.stride(2));
   MOBA_CHECK(k.size(0) <= INT32_MAX, "k must have less than 2^31 tokens, got ", k.size(0));
-  MOBA_CHECK(cu_seqlens_k.scalar_type() == ScalarType::Int && cu_seqlens_k.dim() == 1 &&
-                 cu_seqlens_k.numel() >= 1 && cu_seqlens_k.is_contiguous(),
-             "cu_seqlens_k must be contiguous int32 [batch + 1]");
-  MOBA_CHECK(cu_seqlens_k.is_cuda() && cu_seqlens_k.get_device_index() == k.get_device_index(),
-             "cu_seqlens_k must be on the CUDA device of k");
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", k);
   MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
 
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
@@ -58,13 +57,71 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   problem.head_dim = k.size(2);
   problem.block_size = block_size;
   problem.num_blocks = problem.tokens_k / block_size + problem.batch;
-  problem.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
+  problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
   const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_k, INT32_MAX, INT32_MAX);
   Tensor kbar =
       torch::stable::new_empty(k, {problem.num_blocks, problem.heads_k, problem.head_dim});
-  STD_CUDA_CHECK(moba::cuda::block_mean(problem, {k.const_data_ptr(), k.stride(0), k.stride(1)},
-                                        kbar.mutable_data_ptr(), current_stream(k)));
+  STD_CUDA_CHECK(
+      moba::cuda::block_mean(problem, rows_of(k), kbar.mutable_data_ptr(), current_stream(k)));
   return kbar;
+}
+
+// q [Tq, Hq, D], kbar [tokens_k / block_size + batch, Hk, D], both cu_seqlens int32 [batch + 1] ->
+// block_ids int32, scores float32, both [Tq, Hq, slots]
+std::tuple<Tensor, Tensor> gate_topk(const Tensor& q, const Tensor& kbar,
+                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                     int64_t tokens_k, int64_t max_seqlen_k, int64_t block_size,
+                                     int64_t topk) {
+  moba::check_rows(q, "q", q);
+  moba::check_rows(kbar, "kbar", q);
+  const int64_t head_dim = q.size(2);
+  MOBA_CHECK(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= moba::cuda::kMaxHeadDim,
+             "head_dim of q must be a multiple of 8 from 8 to ", moba::cuda::kMaxHeadDim, ", got ",
+             head_dim);
+  MOBA_CHECK(q.size(1) >= 1 && kbar.size(1) >= 1 && q.size(1) % kbar.size(1) == 0,
+             "heads of q must be a multiple of heads of kbar, got ", q.size(1), " and ",
+             kbar.size(1));
+  MOBA_CHECK(q.size(0) <= INT32_MAX && tokens_k >= 0 && tokens_k <= INT32_MAX,
+             "q and k must have less than 2^31 tokens, got ", q.size(0), " and ", tokens_k);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", q);
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", q);
+  MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
+             "cu_seqlens_q and cu_seqlens_k must have the same length, got ", cu_seqlens_q.numel(),
+             " and ", cu_seqlens_k.numel());
+  MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  MOBA_CHECK(topk >= 1, "topk must be at least 1, got ", topk);
+
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  moba::cuda::GateTopkParams params{};
+  moba::Problem& problem = params.problem;
+  problem.dtype = kernel_dtype(q, "q");
+  problem.batch = cu_seqlens_q.numel() - 1;
+  problem.tokens_q = q.size(0);
+  problem.tokens_k = tokens_k;
+  problem.heads_q = q.size(1);
+  problem.heads_k = kbar.size(1);
+  problem.head_dim = head_dim;
+  problem.block_size = block_size;
+  problem.num_blocks = moba::num_blocks(tokens_k, problem.batch, block_size);
+  problem.slots = moba::num_slots(max_seqlen_k, block_size, topk);
+  problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
+  MOBA_CHECK(kbar.size(0) == problem.num_blocks && kbar.size(2) == head_dim && kbar.is_contiguous(),
+             "kbar must be contiguous [", problem.num_blocks, ", heads of k, ", head_dim, "]");
+
+  // A view into other storage may begin anywhere; the kernel loads 16 bytes at a time.
+  const bool aligned = reinterpret_cast<uintptr_t>(kbar.const_data_ptr()) % 16 == 0;
+  const Tensor centroids = aligned ? kbar : torch::stable::clone(kbar);
+  const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_q, INT32_MAX, max_seqlen_k);
+  Tensor ids = torch::stable::new_empty(q, {q.size(0), q.size(1), problem.slots}, ScalarType::Int);
+  Tensor scores =
+      torch::stable::new_empty(q, {q.size(0), q.size(1), problem.slots}, ScalarType::Float);
+  params.q = rows_of(q);
+  params.kbar = centroids.const_data_ptr();
+  params.ids = mutable_data_of<int32_t>(ids);
+  params.scores = mutable_data_of<float>(scores);
+  STD_CUDA_CHECK(moba::cuda::gate_topk(params, current_stream(q)));
+  return {ids, scores};
 }
 
 // block_ids int32 [Tq, Hq, K], local to the sequence, -1 where a slot is empty -> offsets int64
@@ -77,8 +134,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   MOBA_CHECK(block_ids.dim() == 3 && block_ids.scalar_type() == ScalarType::Int &&
                  block_ids.is_contiguous(),
              "block_ids must be contiguous int32 [Tq, Hq, K]");
-  moba::cuda::check_offsets(cu_seqlens_q, "cu_seqlens_q", block_ids);
-  moba::cuda::check_offsets(cu_seqlens_k, "cu_seqlens_k", block_ids);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", block_ids);
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", block_ids);
   MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
              "cu_seqlens_q and cu_seqlens_k must have the same length");
   MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
@@ -125,5 +182,6 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) {
   m.impl("block_mean", TORCH_BOX(&block_mean));
+  m.impl("gate_topk", TORCH_BOX(&gate_topk));
   m.impl("route", TORCH_BOX(&route));
 }

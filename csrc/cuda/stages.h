@@ -26,6 +26,18 @@ cudaError_t metadata(const Problem& problem, int64_t max_seqlen_q, int64_t max_s
 // block, zero for other rows. problem.cu_blocks as metadata leaves it.
 cudaError_t block_mean(const Problem& problem, const Rows& k, void* kbar, cudaStream_t stream);
 
+struct GateTopkParams {
+  Problem problem;   // head_dim a multiple of 8
+  Rows q;            // [Tq, Hq, D]
+  const void* kbar;  // [NB, Hk, D], contiguous, 16-byte aligned
+  int32_t* ids;      // [Tq, Hq, K] past blocks of the query's sequence, ascending, then -1
+  float* scores;     // [Tq, Hq, K] of the ids, -inf for -1; may be null for K <= 32, beyond that it
+                     // may serve as scratch
+};
+
+// The K best past blocks by <q, kbar>, as csrc/cpu/stages.h has it.
+cudaError_t gate_topk(const GateTopkParams& params, cudaStream_t stream);
+
 // What the flash backend works on at once: all query heads of KV heads [head_begin, head_end) and
 // queries [query_begin, query_end). Its rows are numbered
 //   row = ((head_k - head_begin) * queries + query - query_begin) * G + g,

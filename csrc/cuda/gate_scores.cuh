@@ -1,0 +1,209 @@
+// Scores of one warp's query rows against a tile of 64 centroids, 32 at a time.
+//
+// 16-bit types: mma.sync m16n8k16. q stays in registers as A fragments, centroids come from shared
+// memory as B fragments. The order of k within a product is free as long as A and B agree: here
+// lane t of a quad holds the 8 consecutive elements 8t of every 32, so that one 16-byte load gives
+// it two k steps of a row, of q from global and of centroids from shared memory, without ldmatrix.
+// The order of columns is free as well: lane t gets columns 8t .. 8t + 7 of a chunk.
+//
+// float32: plain fused multiply-adds in ascending k, operands through L1.
+//
+// Either way one fixed order of additions, whatever the row's place in the tile.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "params.h"
+
+namespace moba::cuda {
+
+constexpr int kGateThreads = 128;
+constexpr int kTileBlocks = 64;
+constexpr int kChunkBlocks = 32;
+constexpr int kLaneBlocks = kChunkBlocks / 4;  // columns of a chunk that a lane holds
+
+// Centroids of the past blocks of one sequence and KV head.
+template <typename T>
+struct Centroids {
+  const T* data;  // [blocks, D]
+  int stride;     // elements from a block to the next
+  int blocks;
+};
+
+inline __device__ void copy_async(uint32_t to_shared, const void* from, bool valid) {
+  // Fewer source bytes than 16: the rest is zero.
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+inline __device__ void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// The 2 x 2 scores of a lane are rows lane / 4 and 8 below, columns 2 * (lane % 4) and the next.
+template <typename T>
+__device__ void mma(float& s00, float& s01, float& s10, float& s11, uint32_t a0, uint32_t a1,
+                    uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(s00), "+f"(s01), "+f"(s10), "+f"(s11)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(s00), "+f"(s01), "+f"(s10), "+f"(s11)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// kDim: head_dim rounded up to 64, 128 or 256; q and centroids are zero from head_dim on.
+template <typename T, int kDim>
+struct Scorer {
+  static constexpr int kRowGroups =
+      kDim <= 128 ? 4 : 2;  // rows of a warp / 8; q needs 64 registers
+  static constexpr int kStageBytes = kTileBlocks * kDim * static_cast<int>(sizeof(T));
+  static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
+  static constexpr int kSteps = kDim / 32;   // pairs of k steps
+  static_assert(kDim % 64 == 0, "the swizzle spreads pairs of rows over 8 vectors");
+
+  uint4 q[kRowGroups][kSteps];
+
+  // row(i): first element of the warp's row i * 8 + lane / 4, or null for a row of zeros.
+  template <typename Row>
+  __device__ void load_q(const Row& row, int head_dim, bool aligned) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kRowGroups; ++i) {
+      const T* const from = row(i);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int k = step * 32 + t * 8;
+        q[i][step] = from != nullptr && k < head_dim ? load_vector(from + k, aligned) : uint4{};
+      }
+    }
+  }
+
+  // All threads copy tile `first` of the centroids; rows from `blocks` on are zero. The vectors of
+  // odd rows swap halves, so that 8 lanes that read 4 vectors of 2 neighbouring rows meet all
+  // banks.
+  static __device__ void fetch(char* stage, const Centroids<T>& centroids, int first,
+                               int head_dim) {
+    constexpr int kRowStep = kGateThreads / kVectors;
+    const int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
+    const T* from = centroids.data + int64_t{first + row} * centroids.stride + vector * 8;
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stage)) +
+                        (row * kVectors + (vector ^ (row % 2 * 4))) * 16;
+    const int rows = vector * 8 < head_dim ? centroids.blocks - first - row : 0;
+    static_assert(kRowStep % 2 == 0, "a thread's rows are all even or all odd");
+#pragma unroll
+    for (int step = 0; step < kTileBlocks; step += kRowStep) {
+      copy_async(to + step * kVectors * 16, from, step < rows);
+      from += int64_t{kRowStep} * centroids.stride;
+    }
+  }
+
+  // s[i][b]: the warp's row i * 8 + lane / 4, column chunk * 32 + lane % 4 * 8 + b of the tile.
+  __device__ void scores(const char* stage, const Centroids<T>&, int, int chunk, int,
+                         float (&s)[kRowGroups][kLaneBlocks]) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // Column g of the n-th product is block 8 * (g / 2) + 2 * n + g % 2 of the chunk.
+    const uint4* const from = reinterpret_cast<const uint4*>(stage) +
+                              (chunk * kChunkBlocks + g / 2 * 8 + g % 2) * kVectors +
+                              (t ^ (g % 2 * 4));
+#pragma unroll
+    for (int i = 0; i < kRowGroups; ++i) {
+#pragma unroll
+      for (int b = 0; b < kLaneBlocks; ++b) s[i][b] = 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint4 centroid[kLaneBlocks / 2];
+#pragma unroll
+      for (int n = 0; n < kLaneBlocks / 2; ++n) {
+        // An odd step turns the swizzle's bit over, an even one leaves it.
+        const int offset = n * 2 * kVectors + step / 2 * 8;
+        centroid[n] = step % 2 == 0 ? from[offset] : from[offset + 4 - g % 2 * 8];
+      }
+#pragma unroll
+      for (int n = 0; n < kLaneBlocks / 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < kRowGroups; i += 2) {
+          const uint4 &upper = q[i][step], &lower = q[i + 1][step];
+          mma<T>(s[i][2 * n], s[i][2 * n + 1], s[i + 1][2 * n], s[i + 1][2 * n + 1], upper.x,
+                 lower.x, upper.y, lower.y, centroid[n].x, centroid[n].y);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kLaneBlocks / 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < kRowGroups; i += 2) {
+          const uint4 &upper = q[i][step], &lower = q[i + 1][step];
+          mma<T>(s[i][2 * n], s[i][2 * n + 1], s[i + 1][2 * n], s[i + 1][2 * n + 1], upper.z,
+                 lower.z, upper.w, lower.w, centroid[n].z, centroid[n].w);
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ uint4 load_vector(const T* from, bool aligned) {
+    if (aligned) return __ldcs(reinterpret_cast<const uint4*>(from));
+    const auto* const bits = reinterpret_cast<const uint16_t*>(from);
+    const auto pair = [&](int i) { return bits[i] | static_cast<uint32_t>(bits[i + 1]) << 16; };
+    return {pair(0), pair(2), pair(4), pair(6)};
+  }
+};
+
+template <int kDim>
+struct Scorer<float, kDim> {
+  static constexpr int kRowGroups = 4;
+  static constexpr int kStageBytes = 0;
+
+  const float* q[kRowGroups];
+  bool aligned_q;
+
+  template <typename Row>
+  __device__ void load_q(const Row& row, int, bool aligned) {
+#pragma unroll
+    for (int i = 0; i < kRowGroups; ++i) q[i] = row(i);
+    aligned_q = aligned;
+  }
+
+  static __device__ void fetch(char*, const Centroids<float>&, int, int) {}
+
+  __device__ void scores(const char*, const Centroids<float>& centroids, int first, int chunk,
+                         int head_dim, float (&s)[kRowGroups][kLaneBlocks]) const {
+    const int column = first + chunk * kChunkBlocks + threadIdx.x % 4 * kLaneBlocks;
+#pragma unroll
+    for (int i = 0; i < kRowGroups; ++i) {
+#pragma unroll
+      for (int b = 0; b < kLaneBlocks; ++b) s[i][b] = 0.0f;
+    }
+    for (int k = 0; k < head_dim; k += 4) {
+      float4 row[kRowGroups];
+#pragma unroll
+      for (int i = 0; i < kRowGroups; ++i) row[i] = load_q_vector(i, k);
+#pragma unroll
+      for (int b = 0; b < kLaneBlocks; ++b) {
+        const int64_t block = min(column + b, centroids.blocks - 1);
+        const auto c = load<float4>(centroids.data + block * centroids.stride + k);
+#pragma unroll
+        for (int i = 0; i < kRowGroups; ++i) {
+          s[i][b] = fmaf(row[i].x, c.x, s[i][b]);
+          s[i][b] = fmaf(row[i].y, c.y, s[i][b]);
+          s[i][b] = fmaf(row[i].z, c.z, s[i][b]);
+          s[i][b] = fmaf(row[i].w, c.w, s[i][b]);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ float4 load_q_vector(int i, int k) const {
+    if (q[i] == nullptr) return {};
+    if (aligned_q) return load<float4>(q[i] + k);
+    return {q[i][k], q[i][k + 1], q[i][k + 2], q[i][k + 3]};
+  }
+};
+
+}  // namespace moba::cuda

@@ -1,0 +1,233 @@
+// The K best of a row's scores, kept by one lane.
+//
+// Scores are compared as integers in which NaN ranks below -inf and -0 equals +0. Candidates come
+// in descending block order, so of equal scores the newcomer is the better one: it has the lower
+// block. A selection offers
+//   worst()           the key that a candidate must reach; kEmptyKey while there is room
+//   insert(key, id)   of any candidate; drops the worst entry or the candidate
+//   store(...)        ids ascending, then -1, with their scores, then -inf
+// and kGroups: in groups of a lane's columns of a chunk that bound the K-th best from below, or 0.
+#pragma once
+
+#include <climits>
+#include <cmath>
+#include <cstdint>
+
+namespace moba::cuda {
+
+constexpr int32_t kEmptyKey = INT_MIN;
+constexpr int32_t kNanKey = INT_MIN + 1;
+constexpr int32_t kUnusedKey = INT_MAX;  // above +inf
+
+inline __device__ int32_t key_of(float score) {
+  const int32_t bits = __float_as_int(score + 0.0f);
+  return isnan(score) ? kNanKey : bits ^ ((bits >> 31) & INT_MAX);
+}
+
+inline __device__ float score_of(int32_t key) {
+  return key == kNanKey ? NAN : __int_as_float(key ^ ((key >> 31) & INT_MAX));
+}
+
+// Where a row's results go. scores may be null.
+struct RowOutput {
+  int32_t* ids;   // [K]
+  float* scores;  // [K]
+};
+
+// In registers, best first. With K < kSlots the first kSlots - K entries are out of use.
+template <int kSlots>
+class List {
+ public:
+  static constexpr int kThreadBlocks = kSlots <= 8 ? 3 : 2;  // per SM, for the register budget
+  static constexpr int kGroups = kSlots <= 8 ? kSlots / 4 : 0;
+  static constexpr int kRowBytes = 0;
+  static_assert(kSlots >= 4 && (kSlots & (kSlots - 1)) == 0, "sort() wants a power of two");
+
+  __device__ List(int slots, int64_t*, const RowOutput&) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      key_[i] = i < kSlots - slots ? kUnusedKey : kEmptyKey;
+      id_[i] = -1;
+    }
+  }
+
+  __device__ int32_t worst() const { return key_[kSlots - 1]; }
+
+  __device__ void insert(int32_t key, int32_t id) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      // The better of the two stays here, the other moves on.
+      const bool above = key >= key_[i];
+      const int32_t low = min(key, key_[i]), low_id = above ? id_[i] : id;
+      key_[i] = max(key, key_[i]);
+      id_[i] = above ? id : id_[i];
+      key = low;
+      id = low_id;
+    }
+  }
+
+  __device__ void store(int slots, const RowOutput& to) {
+    sort();
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (i < slots) {
+        to.ids[i] = id_[i];
+        if (to.scores != nullptr) to.scores[i] = id_[i] < 0 ? -INFINITY : score_of(key_[i]);
+      }
+    }
+  }
+
+ private:
+  // Bitonic, by id; -1 comes last.
+  __device__ void sort() {
+#pragma unroll
+    for (int size = 2; size <= kSlots; size *= 2) {
+#pragma unroll
+      for (int step = size / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+          if ((i & step) == 0) {
+            const int j = i | step;
+            const bool greater = static_cast<uint32_t>(id_[i]) > static_cast<uint32_t>(id_[j]);
+            const bool swap = greater == ((i & size) == 0);
+            const int32_t id = id_[i], key = key_[i];
+            id_[i] = swap ? id_[j] : id;
+            id_[j] = swap ? id : id_[j];
+            key_[i] = swap ? key_[j] : key;
+            key_[j] = swap ? key : key_[j];
+          }
+        }
+      }
+    }
+  }
+
+  int32_t key_[kSlots], id_[kSlots];
+};
+
+// A heap entry. Its order as one integer, lowest first: by rank, of equal keys the higher id first;
+// or by id, the highest first.
+struct Candidate {
+  int32_t key, id;
+
+  template <bool kById>
+  __device__ int64_t order() const {
+    const int32_t high = kById ? ~id : key, low = kById ? key : ~id;
+    return int64_t{high} << 32 | static_cast<uint32_t>(low);
+  }
+};
+
+// Heap in shared memory, entry i of a thread block's rows side by side.
+template <int kRows>
+class SharedEntries {
+ public:
+  static constexpr int kRowBytes = 8;  // per row and slot
+  __device__ SharedEntries(int64_t* heap, const RowOutput&) : heap_(heap) {}
+  __device__ Candidate get(int i) const {
+    const int64_t order = heap_[i * kRows];
+    return {static_cast<int32_t>(order >> 32), ~static_cast<int32_t>(order)};
+  }
+  __device__ void set(int i, const Candidate& entry) { heap_[i * kRows] = entry.order<false>(); }
+
+ private:
+  int64_t* heap_;  // of this row: [K] with stride kRows
+};
+
+// Heap in the output itself, for any K; wants scores.
+class OutputEntries {
+ public:
+  static constexpr int kRowBytes = 0;
+  __device__ OutputEntries(int64_t*, const RowOutput& to) : to_(to) {}
+  __device__ Candidate get(int i) const { return {key_of(to_.scores[i]), to_.ids[i]}; }
+  __device__ void set(int i, const Candidate& entry) {
+    to_.scores[i] = score_of(entry.key);
+    to_.ids[i] = entry.id;
+  }
+
+ private:
+  RowOutput to_;
+};
+
+// Four children per node: half the levels, and thus half the dependent loads, of a binary heap.
+template <typename Entries>
+class Heap {
+ public:
+  static constexpr int kThreadBlocks = 2;
+  static constexpr int kGroups = 0;
+  static constexpr int kRowBytes = Entries::kRowBytes;
+
+  __device__ Heap(int slots, int64_t* heap, const RowOutput& to)
+      : entries_(heap, to), slots_(slots) {}
+
+  __device__ int32_t worst() const { return worst_; }
+
+  __device__ void insert(int32_t key, int32_t id) {
+    if (key < worst_) return;
+    if (count_ < slots_) {
+      sift_up(count_++, {key, id});
+    } else {
+      sift_down<false>(0, count_, {key, id});
+    }
+    if (count_ == slots_) worst_ = entries_.get(0).key;
+  }
+
+  __device__ void store(int slots, const RowOutput& to) {
+    for (int i = (count_ + 2) / kChildren; i >= 0; --i) {
+      if (i < count_) sift_down<true>(i, count_, entries_.get(i));
+    }
+    for (int end = count_ - 1; end > 0; --end) {
+      const Candidate last = entries_.get(end);
+      entries_.set(end, entries_.get(0));
+      sift_down<true>(0, end, last);
+    }
+    for (int i = 0; i < slots; ++i) {
+      const Candidate entry = i < count_ ? entries_.get(i) : Candidate{kEmptyKey, -1};
+      to.ids[i] = entry.id;
+      if (to.scores != nullptr) to.scores[i] = entry.id < 0 ? -INFINITY : score_of(entry.key);
+    }
+  }
+
+ private:
+  static constexpr int kChildren = 4;
+
+  __device__ void sift_up(int i, const Candidate& entry) {
+    while (i > 0) {
+      const int parent = (i - 1) / kChildren;
+      const Candidate above = entries_.get(parent);
+      if (above.order<false>() <= entry.order<false>()) break;
+      entries_.set(i, above);
+      i = parent;
+    }
+    entries_.set(i, entry);
+  }
+
+  // Puts `entry` where entry i was, within the first `count` entries.
+  template <bool kById>
+  __device__ void sift_down(int i, int count, const Candidate& entry) {
+    const int64_t order = entry.order<kById>();
+    for (int child = kChildren * i + 1; child < count; child = kChildren * i + 1) {
+      Candidate least = entries_.get(child);
+      int at = child;
+#pragma unroll
+      for (int c = 1; c < kChildren; ++c) {
+        if (child + c < count) {
+          const Candidate other = entries_.get(child + c);
+          const bool less = other.order<kById>() < least.order<kById>();
+          least.key = less ? other.key : least.key;
+          least.id = less ? other.id : least.id;
+          at = less ? child + c : at;
+        }
+      }
+      if (order <= least.order<kById>()) break;
+      entries_.set(i, least);
+      i = at;
+    }
+    entries_.set(i, entry);
+  }
+
+  Entries entries_;
+  int slots_;
+  int count_ = 0;
+  int32_t worst_ = kEmptyKey;
+};
+
+}  // namespace moba::cuda
