@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,8 +61,19 @@ def cpu_model() -> str:
 
 
 def has_amx() -> bool:
-    """Matrix units, which PyTorch's bfloat16 attention uses and ours doesn't."""
+    """Matrix units for bfloat16, which PyTorch's attention uses too."""
     return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+def commit() -> str:
+    """Of the kernels, "unknown" outside of a checkout; a plus sign if they have changed since."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "csrc"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed else "")
 
 
 def timed(function):
@@ -121,6 +133,7 @@ def measure() -> dict:
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
         "moba_ext": moba_ext.__version__,
+        "commit": commit(),
         "command": "python benchmarks/cpu.py",
         "rows": rows,
     }
@@ -129,7 +142,8 @@ def measure() -> dict:
 def table(results: dict) -> str:
     lines = [
         f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels, "
-        f"{'with' if results['amx'] else 'no'} AMX, torch {results['torch']}:",
+        f"{'with' if results['amx'] else 'no'} AMX, torch {results['torch']}, "
+        f"commit {results['commit']}:",
         "",
         "| S | block, topk | dtype | fewer pairs | gate | forward | backward | "
         "SDPA forward | SDPA backward | speed-up forward | forward + backward |",
