@@ -203,9 +203,10 @@ def moba_attention_varlen(
         softmax_scale: factor of the scores in the softmax, ``D ** -0.5`` if None. It never enters
             the gate.
         return_lse: also return the log-sum-exp.
-        backend: ``"auto"``, ``"cpu"`` (compiled; CPU tensors, head_dim a multiple of 8 up to 256)
-            or ``"reference"`` (PyTorch, any device and head_dim, slow). ``auto`` warns once when
-            it must take the reference.
+        backend: ``"auto"``, ``"cpu"`` (compiled; CPU tensors, head_dim a multiple of 8 up to 256),
+            ``"flash"`` (CUDA gate and routing around FlashAttention; bfloat16 and float16 on GPUs
+            of compute capability 8.0 and up, the same head dims) or ``"reference"`` (PyTorch, any
+            device and head_dim, slow). ``auto`` warns once when it must take the reference.
 
     Returns:
         out ``[Tq, Hq, D]`` in the dtype of q; with ``return_lse`` also lse, natural logarithm,
@@ -225,8 +226,7 @@ def moba_attention_varlen(
     _check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     softmax_scale = _check_scale(softmax_scale)
-    # With "auto", CUDA tensors go through the op, whose CUDA kernel is the reference over our
-    # block_mean.
+    # With "auto", CUDA tensors go through the op, which is the reference over our block_mean there.
     name = _pick_backend(backend, q)
     if name == "reference" and (backend == "reference" or q.device.type != "cuda"):
         out, lse, _ = reference.moba_attention_varlen(
@@ -245,6 +245,7 @@ def moba_attention_varlen(
             block_size,
             topk,
             softmax_scale,
+            "auto" if name == "reference" else name,
         )
     return (out, lse) if return_lse else out
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import flash, reference
 
 _LIB = Path(__file__).parent / "lib"
 _BUILD_CUDA = (
@@ -38,8 +38,12 @@ _CUDA_MISSING = _load_libraries()
 
 def backend_status() -> dict[str, str | None]:
     """The known backends; None where available, else the reason why not."""
-    later = "not in this version"
-    return {"reference": None, "cpu": None, "flash": later, "sm90": later}
+    return {
+        "reference": None,
+        "cpu": None,
+        "flash": _CUDA_MISSING or flash.unavailable(),
+        "sm90": "not in this version",
+    }
 
 
 def cuda_status() -> str | None:
@@ -55,6 +59,17 @@ def _why_not_cpu(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
         return f"head_dim {head_dim}, and compiled backends take multiples of 8 from 8 to 256"
     if device not in ("cpu", "meta"):
         return f"device {device}, and the cpu backend takes CPU tensors"
+    return None
+
+
+def _why_not_flash(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same for the flash backend."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {dtype}, and FlashAttention takes bfloat16 and float16"
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        return f"head_dim {head_dim}, and FlashAttention takes multiples of 8 from 8 to 256"
+    if device not in ("cuda", "meta"):
+        return f"device {device}, and the flash backend takes CUDA tensors"
     return None
 
 
@@ -78,13 +93,15 @@ def resolve_backend(
     if device == "cuda" and backend == "auto":
         if _CUDA_MISSING is not None:
             raise ValueError(f"q is on a CUDA device, but {_CUDA_MISSING}")
-        return "reference", "only block_mean is compiled for CUDA tensors in this version"
-    reason = _why_not_cpu(device, dtype, head_dim)
+        return "reference", "the flash backend is new and taken only when named: backend='flash'"
+    name = "cpu" if backend == "auto" else backend
+    why_not = {"cpu": _why_not_cpu, "flash": _why_not_flash}[name]
+    reason = why_not(device, dtype, head_dim)
     if reason is None:
-        return "cpu", "compiled kernels for CPU tensors" if backend == "auto" else "asked for"
+        return name, "compiled kernels for CPU tensors" if backend == "auto" else "asked for"
     if backend == "auto":
         return "reference", f"q has {reason}"
-    raise (TypeError if dtype not in COMPILED_DTYPES else ValueError)(
+    raise (TypeError if reason.startswith("dtype") else ValueError)(
         f"backend is '{backend}', but q has {reason}"
     )
 
@@ -93,11 +110,27 @@ def resolve_backend(
 def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
     if _CUDA_MISSING is not None:
         raise RuntimeError(_CUDA_MISSING)
+    if backend == "flash":
+        return flash.forward(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale)
     kbar = torch.ops.moba.block_mean(k, cu_k, block_size)
     block_ids, _ = reference.gate_topk(q, kbar, cu_q, cu_k, max_k, block_size, topk)
     return reference.moba_attention_varlen(
         q, k, v, cu_q, cu_k, max_k, block_size, topk, softmax_scale, block_ids
     )
+
+
+@torch.library.register_kernel("moba::attention_backward", "cuda")
+def _(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk,
+      softmax_scale=None, backend="auto"):  # fmt: skip
+    sizes = (block_size, topk, softmax_scale)
+    if backend == "flash":
+        saved = (q, k, v, out, lse, block_ids, cu_q, cu_k)
+        return flash.backward(dout, dlse, *saved, max_q, max_k, *sizes)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        outputs = reference.moba_attention_varlen(*inputs, cu_q, cu_k, max_k, *sizes, block_ids)[:2]
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    return torch.autograd.grad(outputs, inputs, (dout, dlse))
 
 
 @torch.library.register_fake("moba::attention")
@@ -150,25 +183,9 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
     elif dout.stride(-1) != 1:
         dout = dout.contiguous()
     saved = (q, k, v, out, lse, block_ids, cu_seqlens_q, cu_seqlens_k)
-    if q.is_cuda:
-        grads = _reference_backward(dout, dlse, *saved, *ctx.sizes)
-    else:
-        dlse = None if dlse is None else dlse.contiguous()
-        grads = torch.ops.moba.attention_backward(dout, dlse, *saved, *ctx.sizes)
+    dlse = None if dlse is None else dlse.contiguous()
+    grads = torch.ops.moba.attention_backward(dout, dlse, *saved, *ctx.sizes)
     return *grads, None, None, *(None for _ in ctx.sizes)
-
-
-def _reference_backward(
-    dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk, scale, _
-):
-    """For CUDA tensors, until they have kernels: the reference once more, at the same selection."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        outputs = reference.moba_attention_varlen(
-            *inputs, cu_q, cu_k, max_k, block_size, topk, scale, block_ids
-        )[:2]
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
-    return torch.autograd.grad(outputs, inputs, (dout, dlse))
 
 
 torch.library.register_autograd("moba::attention", _backward, setup_context=_setup_context)

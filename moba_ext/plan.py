@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _C, ops
+from . import _C, flash, ops
 from .attention import _check_positive
 
 __all__ = ["Plan", "plan"]
@@ -23,10 +23,11 @@ class Plan:
     stages: in order; without gate and routing when ``topk * block_size`` covers every sequence.
     attended_pairs, dense_pairs: (query, key) pairs per query head, of this call and of full
         causal attention.
-    forward_bytes, backward_bytes: workspace of the compiled backend; None for the reference
-        backend, which leaves memory to PyTorch.
+    forward_bytes, backward_bytes: workspace of the cpu backend; for flash an estimate, as part of
+        it is FlashAttention's own; None for the reference backend, which leaves memory to PyTorch.
     heads_per_group, queries_per_group, groups: attend and merge run over groups of (KV heads,
-        queries), one after another, so that workspace stays bounded at any length.
+        queries), one after another, so that workspace stays bounded at any length. Where the
+        backward has other groups than the forward, these are the forward's.
     """
 
     backend: str
@@ -115,19 +116,22 @@ def plan(
 
     kind = torch.device(device).type
     name, reason = ops.resolve_backend(backend, kind, dtype, head_dim)
-    sizes = _C.plan(
-        batch=len(queries),
-        tokens_q=sum(queries),
-        tokens_k=sum(keys),
-        max_seqlen_k=max(keys),
-        heads_q=heads_q,
-        heads_k=heads_k,
-        head_dim=head_dim,
-        block_size=block_size,
-        topk=topk,
-        element_size=dtype.itemsize,
-        threads=torch.get_num_threads(),
-    )
+    call = {
+        "batch": len(queries),
+        "tokens_q": sum(queries),
+        "tokens_k": sum(keys),
+        "max_seqlen_k": max(keys),
+        "heads_q": heads_q,
+        "heads_k": heads_k,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "topk": topk,
+    }
+    if name == "flash":
+        sizes = flash.planned_sizes(**call)
+    else:
+        threads = torch.get_num_threads()
+        sizes = _C.plan(**call, element_size=dtype.itemsize, threads=threads)
     compiled = name != "reference"
     dense = compiled and sizes["dense"]
     return Plan(

@@ -1,0 +1,562 @@
+"""The ``flash`` backend: our CUDA gate and routing around FlashAttention's varlen API.
+
+The own blocks of all queries are one causal varlen call, every block its own sequence. The chosen
+past blocks go group by group (KV heads x queries, :func:`make_plan`): route lists the rows that
+chose each block and cuts the lists into segments, gather packs the rows and, per segment, the
+block's keys, one varlen call attends, merge puts the parts of a row together. The backward goes
+the same way from the merged out and lse, so merge needs no backward: dq is a sum over the parts of
+a row, dk and dv over the segments of a block, in a fixed order. Sizes come from shapes alone:
+nothing waits for the device, and a CUDA graph can hold it all.
+
+Sources: arXiv 2502.13189, algorithm 1; arXiv 2307.08691 (FlashAttention-2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+WORKSPACE_BYTES = 1 << 30
+"""Bound on what a group holds beside inputs and outputs; assign to change it. A group is never
+less than one KV head and as many queries as fill the lists of its blocks, which exceeds the bound
+where the keys alone do."""
+
+_MAX_SEQUENCES = 65_535  # of a varlen call: FlashAttention has them in gridDim.y or z
+_ROW_TILE = 128  # rows of a FlashAttention tile; its backward pads every sequence by as many
+
+# The stages in C++ and CUDA.
+_stages = torch.ops.moba
+
+
+class FlashPlan(NamedTuple):
+    """How a call runs.
+
+    dense: topk * block_size covers every sequence: one causal call, no routing.
+    block_size: of own blocks and routing; the longest sequence where dense.
+    slots: past blocks per query that are routed, 0 where dense or topk is 1: then no group is.
+    segment_rows: most rows of a segment of a block's list.
+    heads_per_group, queries_per_group: what is routed and merged at a time.
+    """
+
+    dense: bool
+    block_size: int
+    slots: int
+    segment_rows: int
+    heads_per_group: int
+    queries_per_group: int
+    heads: int
+    queries: int
+
+    def head_ranges(self) -> list[tuple[int, int]]:
+        return _ranges(self.heads, self.heads_per_group)
+
+    def query_ranges(self) -> list[tuple[int, int]]:
+        return _ranges(self.queries, self.queries_per_group)
+
+
+def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def make_plan(
+    batch: int,
+    tokens_q: int,
+    tokens_k: int,
+    max_seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+    *,
+    backward: bool,
+) -> FlashPlan:
+    """Plan a call from its sizes: the fewest groups of equal size that stay in WORKSPACE_BYTES."""
+    longest = max(min(max_seqlen_k, tokens_k), 1)
+    dense = topk * block_size >= longest
+    if dense or topk == 1:
+        block_size = longest if dense else block_size
+        return FlashPlan(dense, block_size, 0, 1, heads_k, tokens_q, heads_k, tokens_q)
+    slots, segment_rows = topk - 1, max(1024, 4 * block_size)
+    num_blocks = tokens_k // block_size + batch
+
+    def fits(heads: int, queries: int) -> bool:
+        entries = heads * queries * (heads_q // heads_k) * slots
+        segments = heads * num_blocks + _ceil_div(entries, segment_rows)
+        sizes = _group_bytes(entries, segments, block_size, head_dim, backward)
+        return (
+            sizes <= WORKSPACE_BYTES
+            and entries < 2**31
+            and segments <= min(_MAX_SEQUENCES, (2**31 - 1) // block_size)
+            and 2 * heads * tokens_k < 2**31
+        )
+
+    sets = next((n for n in range(1, heads_k) if fits(_ceil_div(heads_k, n), tokens_q)), heads_k)
+    heads = _ceil_div(heads_k, sets)
+    queries = tokens_q
+    if heads == 1:
+        # Shorter ranges copy each block's keys for ever fewer rows: a tile per list is the least.
+        least = _ceil_div(_ROW_TILE * num_blocks, heads_q // heads_k * slots)
+        while queries > least and not fits(1, queries):
+            queries = max(_ceil_div(queries, 2), least)
+    return FlashPlan(False, block_size, slots, segment_rows, heads, queries, heads_k, tokens_q)
+
+
+def _group_bytes(
+    entries: int, segments: int, block_size: int, head_dim: int, backward: bool
+) -> int:
+    """What a group holds at once: packed rows and keys, and FlashAttention's own buffers."""
+    row, key = 2 * head_dim, 2 * head_dim
+    routing = 2 * 4 * entries
+    if not backward:  # q, out, lse; k, v
+        return routing + entries * (2 * row + 4) + segments * block_size * 2 * key
+    # q, dout, out, dq, lse, and FlashAttention's dq and delta in fp32; k, v, dk, dv.
+    padded = entries + _ROW_TILE * segments
+    accumulators = padded * (4 * _ceil_div(head_dim, 32) * 32 + 4)
+    return routing + entries * (4 * row + 4) + accumulators + segments * block_size * 4 * key
+
+
+def planned_sizes(
+    batch: int,
+    tokens_q: int,
+    tokens_k: int,
+    max_seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+) -> dict:
+    """What ``moba_ext.plan`` reports of a call; bytes of the largest group, own blocks included."""
+    call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
+    group, sizes = heads_q // heads_k, []
+    plans = [make_plan(*call, backward=backward) for backward in (False, True)]
+    for plan, backward in zip(plans, (False, True)):
+        num_blocks = tokens_k // plan.block_size + batch
+        entries = plan.heads_per_group * plan.queries_per_group * group * plan.slots
+        segments = plan.heads_per_group * num_blocks + _ceil_div(entries, plan.segment_rows)
+        routed = 0
+        if plan.slots:
+            routed = _group_bytes(entries, segments, plan.block_size, head_dim, backward)
+        if backward:  # of the heads of a group: dq, dk, dv, FlashAttention's dq and delta in fp32
+            heads = plan.heads_per_group * group
+            own = 2 * head_dim * (heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
+            padded = tokens_q + _ROW_TILE * (num_blocks + batch)
+            own += heads * padded * (4 * _ceil_div(head_dim, 32) * 32 + 4)
+        else:  # the lse of all heads
+            own = 4 * heads_q * tokens_q
+        sizes.append(own + routed)
+    plan = plans[0]
+    return {
+        "dense": plan.dense,
+        "forward_bytes": sizes[0],
+        "backward_bytes": sizes[1],
+        "heads_per_group": plan.heads_per_group,
+        "queries_per_group": plan.queries_per_group,
+        "groups": len(plan.head_ranges()) * len(plan.query_ranges()),
+    }
+
+
+class _Sequences(NamedTuple):
+    """Offsets of the sequences of a varlen call, int32 ``[n + 1]``, and their host-side bounds."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    def calls(self) -> Iterator[_Sequences]:
+        """As many calls as FlashAttention's limit on sequences asks for."""
+        for first, last in _ranges(self.cu_q.shape[0] - 1, _MAX_SEQUENCES):
+            yield self._replace(cu_q=self.cu_q[first : last + 1], cu_k=self.cu_k[first : last + 1])
+
+
+def unavailable() -> str | None:
+    """Why no FlashAttention can be called here; None if one can."""
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "FlashAttention needs compute capability 8.0 (Ampere) or newer"
+    if _package() is None and not torch.backends.cuda.is_flash_attention_available():
+        return "neither the package flash-attn (2.6.3 or newer) nor one inside torch is there"
+    return None
+
+
+@functools.cache
+def _package():
+    """flash_attn's interface module, None if it is not installed."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    try:
+        import flash_attn
+        from flash_attn import flash_attn_interface
+    except ImportError as error:
+        problem = f"flash-attn is installed and can't be imported ({error})"
+    else:
+        if _version(flash_attn.__version__) >= (2, 6, 3):
+            return flash_attn_interface
+        problem = f"flash-attn {flash_attn.__version__} is older than 2.6.3"
+    warnings.warn(
+        f"{problem}: moba_ext calls the FlashAttention inside torch instead", stacklevel=2
+    )
+    return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", text)[:3])
+
+
+def _window(function) -> dict:
+    """No sliding window, under the names that this version of flash_attn has."""
+    if "window_size" in inspect.signature(function).parameters:
+        return {"window_size": (-1, -1)}
+    return {"window_size_left": -1, "window_size_right": -1}
+
+
+def _forward_call(
+    q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    cu_q, cu_k, max_q, max_k = sequences
+    # With max_seqlen_q 1 and GQA, FlashAttention trades heads for rows and the lse changes shape.
+    max_q = max(max_q, 2)
+    flash_attn = _package()
+    if flash_attn is None:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale
+        )
+        return out, lse
+    forward = flash_attn._flash_attn_varlen_forward
+    # 8 values before 2.7 (out, q, k, v, out_padded, lse, ...), 4 since (out, lse, ...).
+    results = forward(
+        *(q, k, v, cu_q, cu_k, max_q, max_k),
+        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, **_window(forward)},
+    )
+    return results[0], results[5 if len(results) == 8 else 1]
+
+
+def _backward_call(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: _Sequences,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cu_q, cu_k, max_q, max_k = sequences
+    flash_attn = _package()
+    if flash_attn is None:
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of dropout
+        with _deterministic():
+            return torch.ops.aten._flash_attention_backward(
+                *(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, unused, unused),
+                scale=scale,
+            )
+    backward = flash_attn._flash_attn_varlen_backward
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    backward(
+        *(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k),
+        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, **_window(backward)},
+        **{"softcap": 0.0, "alibi_slopes": None, "deterministic": True},
+    )
+    return grads
+
+
+@contextlib.contextmanager
+def _deterministic():
+    """torch's own FlashAttention takes its deterministic backward from the global switch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # Without the switch's other effect, which would fill every new buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = fill and before
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _keep(old: Tensor, new: Tensor, cu: Tensor, dim: int) -> Tensor:
+    """``new`` in the tokens of the sequences that ``cu`` bounds, ``old`` elsewhere."""
+    index = torch.arange(old.shape[dim], device=old.device)
+    mine = (index >= cu[0]) & (index < cu[-1])
+    return torch.where(mine.view([-1 if d == dim else 1 for d in range(old.dim())]), new, old)
+
+
+def _varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """q ``[Tq, Hq, D]``, k, v ``[Tk, Hk, D]`` -> out ``[Tq, Hq, D]``, lse ``[Hq, Tq]``."""
+    first, *others = sequences.calls()
+    out, lse = _forward_call(q, k, v, first, scale, causal)
+    for call in others:
+        part_out, part_lse = _forward_call(q, k, v, call, scale, causal)
+        out, lse = _keep(out, part_out, call.cu_q, 0), _keep(lse, part_lse, call.cu_q, 1)
+    return out, lse
+
+
+def _varlen_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: _Sequences,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; dlse is :func:`_lse_as_output`'s dout, or None."""
+
+    def run(dout, v, out):
+        first, *others = sequences.calls()
+        grads = _backward_call(dout, q, k, v, out, lse, first, scale, causal)
+        for call in others:
+            parts = _backward_call(dout, q, k, v, out, lse, call, scale, causal)
+            bounds = (call.cu_q, call.cu_k, call.cu_k)
+            grads = tuple(_keep(x, y, cu, 0) for x, y, cu in zip(grads, parts, bounds))
+        return grads
+
+    dq, dk, dv = run(dout, v, out)
+    if dlse is not None:
+        ones = torch.zeros_like(v)
+        ones[..., :2] = 1
+        more_dq, more_dk, _ = run(dlse, ones, torch.zeros_like(out))
+        dq, dk = dq + more_dq, dk + more_dk
+    return dq, dk, dv
+
+
+def _lse_as_output(dlse: Tensor, like: Tensor) -> Tensor:
+    """The dout ``[Tq, Hq, D]`` that gives dlse's share of the gradients of q and k.
+
+    dS = P * (dP - delta + dlse), and FlashAttention has no place for dlse. But with a v whose first
+    two columns are 1, an out of 0 and this dout, dP is dlse and delta is 0. Two columns, because
+    one 16-bit number would round dlse.
+    """
+    dout = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    dout[..., 0] = dlse.T
+    dout[..., 1] = dlse.T - dout[..., 0].float()
+    return dout
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy: FlashAttention loads 16 bytes at a time from every row."""
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+class _Own(NamedTuple):
+    """The own blocks of all queries."""
+
+    cu_blocks: Tensor
+    sequences: _Sequences
+
+
+def _own_blocks(
+    cu_q: Tensor, cu_k: Tensor, tokens_q: int, tokens_k: int, max_q: int, max_k: int, block: int
+) -> _Own:
+    # Offsets are int32, so no sequence is longer, whatever bound the caller gave.
+    max_q, max_k = min(max_q, 2**31 - 1), min(max_k, 2**31 - 1)
+    cu_blocks, own_cu_q, own_cu_k = _stages.flash_metadata(
+        cu_q, cu_k, tokens_q, tokens_k, max_q, max_k, block
+    )
+    bounds = min(block, max(max_q, 1)), min(block, max(max_k, 1))
+    return _Own(cu_blocks, _Sequences(own_cu_q, own_cu_k, *bounds))
+
+
+class _Routed(NamedTuple):
+    """A group's rows by the block that they chose."""
+
+    entries: Tensor
+    positions: Tensor
+    offsets: Tensor
+    segment_offsets: Tensor
+    sequences: _Sequences
+    k: Tensor
+    v: Tensor
+
+
+def _route(ids, k, v, cu_q, cu_k, own: _Own, plan: FlashPlan, group) -> _Routed:
+    tokens_k, heads_k = k.shape[:2]
+    entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys = (
+        _stages.flash_route(
+            *(ids, cu_q, own.cu_blocks, tokens_k, heads_k, plan.block_size, plan.segment_rows),
+            *group,
+        )
+    )
+    k, v = _stages.flash_gather_keys(
+        k, v, cu_k, own.cu_blocks, segment_lists, cu_keys, plan.block_size, *group[:2]
+    )
+    sequences = _Sequences(cu_rows, cu_keys, plan.segment_rows, plan.block_size)
+    return _Routed(entries, positions, offsets, segment_offsets, sequences, k, v)
+
+
+def _plan_of(q, k, cu_k, max_k, block_size, topk, backward: bool) -> FlashPlan:
+    return make_plan(
+        *(cu_k.shape[0] - 1, q.shape[0], k.shape[0], max_k, q.shape[1], k.shape[1], q.shape[2]),
+        *(block_size, topk),
+        backward=backward,
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    topk: int,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``moba::attention`` on CUDA tensors, bfloat16 or float16 -> out, lse, block_ids."""
+    tokens_q, heads_q, head_dim = q.shape
+    tokens_k, heads_k, _ = k.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    with record_function("moba::block_mean"):
+        kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
+    with record_function("moba::gate_topk"):
+        ids, _ = _stages.gate_topk(
+            *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
+        )
+    lse = q.new_empty(heads_q, tokens_q, dtype=torch.float32)
+    if tokens_q == 0 or tokens_k == 0:
+        return q.new_zeros(q.shape), lse.fill_(-torch.inf), ids
+    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
+    with record_function("moba::route"):
+        own = _own_blocks(
+            *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
+            plan.block_size,
+        )
+    with record_function("moba::attend"):
+        # merge writes a row of out after it has read that of the own block: one buffer for both.
+        out, own_lse = _varlen_forward(q, k, v, own.sequences, scale, causal=True)
+    for heads in plan.head_ranges():
+        own_heads = slice(*(h * (heads_q // heads_k) for h in heads))
+        for queries in plan.query_ranges():
+            group = (*heads, *queries)
+            if plan.slots:
+                with record_function("moba::route"):
+                    routed = _route(ids, k, v, cu_seqlens_q, cu_seqlens_k, own, plan, group)
+                    rows = _stages.flash_gather(
+                        [q], None, routed.entries, routed.offsets, heads_k, *group
+                    )[0]
+                with record_function("moba::attend"):
+                    part_out, part_lse = _varlen_forward(
+                        rows, routed.k, routed.v, routed.sequences, scale, causal=False
+                    )
+                positions = routed.positions
+            else:
+                positions, part_lse = ids.new_empty(0), lse.new_empty(0)
+                part_out = q.new_empty(0, 1, head_dim)
+            with record_function("moba::merge"):
+                _stages.flash_merge(
+                    *(positions, part_out, part_lse, out[:, own_heads], own_lse[own_heads]),
+                    *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
+                )
+    return out, lse, ids
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_ids: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    topk: int,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``moba::attention_backward`` on CUDA tensors -> dq, dk, dv."""
+    tokens_q, heads_q, head_dim = q.shape
+    tokens_k, heads_k, _ = k.shape
+    if tokens_q == 0 or tokens_k == 0:
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    q, k, v, out, dout = (_aligned(x) for x in (q, k, v, out, dout))
+    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
+    ranges = plan.query_ranges()
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
+    lse = lse.masked_fill(lse.isneginf(), torch.inf)
+    dlse = None if dlse is None else _lse_as_output(dlse, q)
+    with record_function("moba::route"):
+        own = _own_blocks(
+            *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
+            plan.block_size,
+        )
+    batch = cu_seqlens_q, cu_seqlens_k, own.cu_blocks
+    for heads in plan.head_ranges():
+        of_k = slice(*heads)
+        of_q = slice(*(h * (heads_q // heads_k) for h in heads))
+        with record_function("moba::attend"):
+            own_dq, own_dk, own_dv = _varlen_backward(
+                *(dout[:, of_q], None if dlse is None else dlse[:, of_q], q[:, of_q]),
+                *(k[:, of_k], v[:, of_k], out[:, of_q], lse[of_q], own.sequences, scale, True),
+            )
+        sums = [None, None]
+        if len(ranges) > 1:
+            shape = (tokens_k, heads[1] - heads[0], head_dim)
+            sums = [k.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+        for queries in ranges:
+            group = (*heads, *queries)
+            if plan.slots:
+                with record_function("moba::route"):
+                    routed = _route(block_ids, k, v, *batch[:2], own, plan, group)
+                    rows = routed.entries, routed.offsets, heads_k, *group
+                    q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather(
+                        [q, dout, out], lse, *rows
+                    )
+                    dlse_rows = None
+                    if dlse is not None:
+                        dlse_rows = _stages.flash_gather([dlse], None, *rows)[0]
+                with record_function("moba::attend"):
+                    part_dq, part_dk, part_dv = _varlen_backward(
+                        *(dout_rows, dlse_rows, q_rows, routed.k, routed.v, out_rows),
+                        *(lse_rows[None], routed.sequences, scale, False),
+                    )
+                positions, segment_offsets = routed.positions, routed.segment_offsets
+            else:
+                lists = (heads[1] - heads[0]) * (tokens_k // plan.block_size + len(batch[1]) - 1)
+                positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
+                part_dq = part_dk = part_dv = q.new_empty(0, 1, head_dim)
+            with record_function("moba::merge"):
+                _stages.flash_merge_backward(
+                    positions, part_dq, own_dq, *batch, heads_k, *group, dq
+                )
+                _stages.flash_reduce_keys(
+                    *(segment_offsets, part_dk, part_dv, own_dk, own_dv, *batch),
+                    *(plan.block_size, queries == ranges[0], queries == ranges[-1], *sums),
+                    *(dk[:, of_k], dv[:, of_k]),
+                )
+    return dq, dk, dv
