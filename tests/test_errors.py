@@ -144,7 +144,7 @@ BAD = [
         {"backend": "fast"},
         ValueError,
         "backend is 'fast', must be 'auto' or one of: 'reference' (available); "
-        "'cpu' (available); 'flash' (not in this version)",
+        "'cpu' (available); 'flash' (",
     ),
     ({"backend": None}, ValueError, "backend is None, must be 'auto' or one of"),
     (

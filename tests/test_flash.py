@@ -13,7 +13,8 @@ from numerics import (
     self_attention,
 )
 
-from moba_ext import flash
+import moba_ext
+from moba_ext import flash, ops
 
 CASES = [
     self_attention(300, 4, 4, 16, 16, 4),
@@ -68,7 +69,7 @@ def test_one_group(case, with_dlse):
     check(case, with_dlse)
 
 
-@pytest.mark.parametrize("workspace", [1, 40_000, 200_000])
+@pytest.mark.parametrize("workspace", [1, 200_000, 800_000])
 @pytest.mark.parametrize("case", CASES)
 def test_groups_of_heads_and_queries(case, workspace, monkeypatch):
     monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
@@ -80,3 +81,99 @@ def test_groups_of_heads_and_queries(case, workspace, monkeypatch):
 def test_more_sequences_than_a_call_takes(case, monkeypatch):
     monkeypatch.setattr(flash, "_MAX_SEQUENCES", 5)
     check(case, True)
+
+
+def test_plan(monkeypatch):
+    monkeypatch.setattr(ops, "_CUDA_MISSING", None)
+    monkeypatch.setattr(flash, "unavailable", lambda: None)
+    sizes = {"heads_q": 32, "heads_k": 8, "head_dim": 128, "device": "cuda", "backend": "flash"}
+    sparse = moba_ext.plan(131_072, block_size=128, topk=8, **sizes)
+    assert sparse.backend == "flash" and "route" in sparse.stages
+    assert sparse.groups * sparse.heads_per_group * sparse.queries_per_group >= 8 * 131_072
+    # The own blocks' part of the backward is of a KV head's queries: it grows with the length.
+    assert sparse.forward_bytes < 1.1 * flash.WORKSPACE_BYTES
+    dense = moba_ext.plan(4096, block_size=512, topk=8, **sizes)
+    assert dense.stages == ("attend", "merge") and dense.groups == 1
+
+
+def test_groups_stay_in_the_workspace():
+    """At any length, but for the least that a group is; and within FlashAttention's limits."""
+    for tokens in (4096, 65_536, 1 << 20):
+        for block_size, topk in ((64, 16), (128, 8), (512, 3), (4096, 12)):
+            call = 1, tokens, tokens, tokens, 32, 8, 128, block_size, topk
+            for backward in (False, True):
+                plan = flash.make_plan(*call, backward=backward)
+                if not plan.slots:
+                    continue
+                entries = plan.heads_per_group * plan.queries_per_group * 4 * plan.slots
+                lists = plan.heads_per_group * (tokens // block_size + 1)
+                segments = lists + -(-entries // plan.segment_rows)
+                assert entries < 2**31 and segments <= 65_535
+                held = flash._group_bytes(entries, segments, block_size, 128, backward)
+                if held > flash.WORKSPACE_BYTES:
+                    assert plan.heads_per_group == 1 and entries < 2 * flash._ROW_TILE * lists
+                assert sum(b - a for a, b in plan.query_ranges()) == tokens
+                assert sum(b - a for a, b in plan.head_ranges()) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("cuda", torch.float32, 64), TypeError, "takes bfloat16 and float16"),
+        (("cuda", torch.bfloat16, 12), ValueError, "head_dim 12, and FlashAttention takes"),
+        (("cpu", torch.bfloat16, 64), ValueError, "the flash backend takes CUDA tensors"),
+    ],
+)
+def test_what_it_does_not_take(arguments, error, message, monkeypatch):
+    monkeypatch.setattr(ops, "_CUDA_MISSING", None)
+    monkeypatch.setattr(flash, "unavailable", lambda: None)
+    with pytest.raises(error, match=message):
+        ops.resolve_backend("flash", *arguments)
+    assert ops.resolve_backend("flash", "cuda", torch.float16, 64)[0] == "flash"
+
+
+def test_without_a_gpu_it_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert flash.unavailable() == "no GPU is visible to torch"
+    with pytest.raises(ValueError, match="backend is 'flash', which is not available: "):
+        moba_ext.moba_attention(
+            *[torch.zeros(1, 8, 1, 8)] * 3, block_size=4, topk=2, backend="flash"
+        )
+
+
+@pytest.mark.parametrize("results", [8, 4])
+def test_both_interfaces_of_flash_attn(results, monkeypatch):
+    """2.6 returns 8 values and takes window_size; 2.7 returns 4 and takes its two sides."""
+    monkeypatch.undo()
+    calls = []
+    lse = torch.zeros(2, 5)
+
+    def forward_2_6(*tensors, dropout_p, softmax_scale, causal, window_size=(-1, -1)):
+        return tensors[0], None, None, None, None, lse, None, None
+
+    def forward_2_7(
+        *tensors, dropout_p, softmax_scale, causal, window_size_left, window_size_right
+    ):
+        return tensors[0], lse, None, None
+
+    def backward_2_6(*tensors, dropout_p, softmax_scale, causal, window_size, softcap,
+                     alibi_slopes, deterministic, rng_state=None):  # fmt: skip
+        calls.append((len(tensors), causal, deterministic, window_size))
+
+    def backward_2_7(*tensors, dropout_p, softmax_scale, causal, window_size_left,
+                     window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+                     zero_tensors=False):  # fmt: skip
+        calls.append((len(tensors), causal, deterministic, (window_size_left, window_size_right)))
+
+    class Package:
+        _flash_attn_varlen_forward = forward_2_6 if results == 8 else forward_2_7
+        _flash_attn_varlen_backward = backward_2_6 if results == 8 else backward_2_7
+
+    monkeypatch.setattr(flash, "_package", lambda: Package)
+    q = torch.randn(5, 2, 8)
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    sequences = flash._Sequences(cu, cu, 5, 5)
+    assert flash._forward_call(q, q, q, sequences, 0.3, True) == (q, lse)
+    grads = flash._backward_call(q, q, q, q, q, lse, sequences, 0.3, True)
+    assert calls == [(13, True, True, (-1, -1))] and all(x.shape == q.shape for x in grads)
