@@ -21,9 +21,12 @@ namespace moba::cpu {
 
 namespace {
 
-constexpr int64_t kSegmentRows = 20 * kMaxRows;  // packing K and V costs 2 % of such a segment
-constexpr int64_t kGateQueries = 128;            // queries of a gate item
-constexpr int64_t kRowsPerItem = 256;            // rows of a merge item
+constexpr int64_t kMaxSegmentRows = 960;  // packing K and V costs 2 % of such a segment
+constexpr int64_t kMinSegmentRows = 288;  // and a few percent of such a one
+constexpr int64_t kFewestSegments = 256;  // of a group, if they don't get too small: feeds 64 cores
+constexpr int64_t kSegmentStep = 96;      // whole tiles of rows, 48 or 32, in all segments but one
+constexpr int64_t kGateQueries = 128;     // queries of a gate item
+constexpr int64_t kRowsPerItem = 256;     // rows of a merge item
 
 // Calls f(item, thread) for items 0 .. count - 1, handed out one by one in ascending order.
 // `thread` is below `threads` and no two running calls share it.
@@ -65,7 +68,12 @@ class Groups {
         used_blocks_(problem.cu_blocks[problem.batch]),
         route_offsets_(reinterpret_cast<int32_t*>(workspace + plan.route_offsets)),
         route_entries_(reinterpret_cast<int32_t*>(workspace + plan.route_entries)),
-        segment_offsets_(reinterpret_cast<int64_t*>(workspace + plan.segment_offsets)) {}
+        segment_offsets_(reinterpret_cast<int64_t*>(workspace + plan.segment_offsets)) {
+    const int64_t entries =
+        plan.heads_per_group * plan.queries_per_group * problem.group() * (problem.slots + 1);
+    segment_rows_ = std::clamp(round_up(ceil_div(entries, kFewestSegments), kSegmentStep),
+                               kMinSegmentRows, kMaxSegmentRows);
+  }
 
   void route_all(const int32_t* block_ids, int64_t threads) const {
     if (problem_.slots == 0) return;
@@ -104,7 +112,7 @@ class Groups {
     int64_t total = 0;
     for (int64_t list = 0; list < lists_; ++list) {
       segment_offsets_[list] = total;
-      total += std::max(ceil_div(list_rows(list).last, kSegmentRows), least);
+      total += std::max(ceil_div(list_rows(list).last, segment_rows_), least);
     }
     segment_offsets_[lists_] = total;
     return total;
@@ -119,8 +127,8 @@ class Groups {
     const int64_t list = std::upper_bound(segment_offsets_, segment_offsets_ + lists_ + 1, item) -
                          segment_offsets_ - 1;
     Segment segment{list_rows(list), item - segment_offsets_[list]};
-    segment.rows.first = segment.number * kSegmentRows;
-    segment.rows.last = std::min(segment.rows.first + kSegmentRows, segment.rows.last);
+    segment.rows.first = segment.number * segment_rows_;
+    segment.rows.last = std::min(segment.rows.first + segment_rows_, segment.rows.last);
     return segment;
   }
 
@@ -161,6 +169,7 @@ class Groups {
   int32_t* const route_offsets_;
   int32_t* const route_entries_;
   int64_t* const segment_offsets_;
+  int64_t segment_rows_;  // from shapes alone, as the order of sums hangs on it
   int64_t range_ = 0, head_begin_ = 0, lists_ = 0;
 };
 
