@@ -16,27 +16,29 @@ struct RowTile {
 
 static inline void fill_tile(RowTile& tile, const Problem& problem, const BlockRows& rows,
                              int64_t first, int64_t count) {
-  const int64_t group = problem.group(), slots = problem.slots;
+  // Rows and entries of a group are below 2^31, and 32-bit division is several times faster.
+  const auto group = static_cast<int32_t>(problem.group());
+  const auto slots = static_cast<int32_t>(problem.slots);
   tile.count = count;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t r = first + i;
-    int32_t row, slot;  // a group has less than 2^31 entries
-    int64_t limit;
+    int32_t row, slot;
     if (r < rows.own_rows) {
-      row = rows.own_row + r;
+      row = static_cast<int32_t>(rows.own_row + r);
       slot = slots;
-      const int64_t query = rows.query_begin + row / group;
-      limit =
-          rows.block.query_position + (query - rows.block.query_begin) - rows.block.position + 1;
     } else {
       const int32_t entry = rows.entries[r - rows.own_rows];
-      row = entry / static_cast<int32_t>(slots);
-      slot = entry % static_cast<int32_t>(slots);
-      limit = rows.block.key_end - rows.block.key_begin;
+      row = entry / slots;
+      slot = entry % slots;
     }
-    tile.query[i] = rows.query_begin + row / group;
+    const int64_t query = rows.query_begin + row / group;
+    const Block& block = rows.block;
+    const int64_t limit =
+        slot == slots ? block.query_position + (query - block.query_begin) - block.position + 1
+                      : block.key_end - block.key_begin;
+    tile.query[i] = query;
     tile.head[i] = rows.head_k * group + row % group;
-    tile.slot[i] = row * (slots + 1) + slot;
+    tile.slot[i] = static_cast<int64_t>(row) * (slots + 1) + slot;
     tile.limit[i] = static_cast<int32_t>(limit);
   }
   for (int64_t i = count; i < kRows; ++i) tile.limit[i] = 0;
@@ -50,13 +52,27 @@ static inline const T* row_pointer(const Rows& rows, int64_t token, int64_t head
 // One row of head_dim values in as many words as `words`, zero beyond head_dim.
 template <typename T>
 static inline void load_words(float* to, int64_t words, const T* from, int64_t head_dim) {
-  if constexpr (kPerWord<T> == 1) {
-    load_row(to, from, head_dim);
-    std::memset(to + head_dim, 0, (words - head_dim) * sizeof(float));
-  } else {
-    std::memcpy(to, from, head_dim * sizeof(T));
-    std::memset(to + head_dim / 2, 0, (words - head_dim / 2) * sizeof(float));
+  // Whole vectors at a time: rows are too short for calls of memcpy and memset.
+  constexpr int64_t kValues = kPerWord<T> * kLanes;
+  int64_t d = 0, word = 0;
+  for (; d + kValues <= head_dim; d += kValues, word += kLanes) {
+    if constexpr (kPerWord<T> == 1) {
+      store(to + word, Convert<T>::load(from + d));
+    } else {
+      store(to + word, load<f32v>(from + d));
+    }
   }
+  if (d < head_dim) {
+    T rest[kValues] = {};
+    std::memcpy(rest, from + d, (head_dim - d) * sizeof(T));
+    if constexpr (kPerWord<T> == 1) {
+      store(to + word, Convert<T>::load(rest));
+    } else {
+      store(to + word, load<f32v>(rest));
+    }
+    word += kLanes;
+  }
+  for (; word < words; word += kLanes) store(to + word, f32v{});
 }
 
 // to[i][0 .. words) for the first `lanes` rows of the tile, zero beyond tile.count.
