@@ -280,17 +280,19 @@ def _backward_call(
 
 @contextlib.contextmanager
 def _deterministic():
-    """torch's own FlashAttention takes its deterministic backward from the global switch."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    """torch's own FlashAttention takes its deterministic backward from the global switch.
+
+    Set by its debug mode, as use_deterministic_algorithms would change the inductor's settings too,
+    and without the switch's other effect, which would fill every new buffer.
+    """
+    mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    # Without the switch's other effect, which would fill every new buffer.
-    torch.utils.deterministic.fill_uninitialized_memory = fill and before
-    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = fill and mode > 0
+    torch.set_deterministic_debug_mode(2)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 

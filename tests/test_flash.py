@@ -177,3 +177,18 @@ def test_both_interfaces_of_flash_attn(results, monkeypatch):
     assert flash._forward_call(q, q, q, sequences, 0.3, True) == (q, lse)
     grads = flash._backward_call(q, q, q, q, q, lse, sequences, 0.3, True)
     assert calls == [(13, True, True, (-1, -1))] and all(x.shape == q.shape for x in grads)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_the_deterministic_switch_is_put_back(mode):
+    before = torch.get_deterministic_debug_mode()
+    settings = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.set_deterministic_debug_mode(mode)
+        with flash._deterministic():
+            assert torch.get_deterministic_debug_mode() == 2
+            assert torch.utils.deterministic.fill_uninitialized_memory == (settings and mode > 0)
+        assert torch.get_deterministic_debug_mode() == mode
+        assert torch.utils.deterministic.fill_uninitialized_memory == settings
+    finally:
+        torch.set_deterministic_debug_mode(before)
