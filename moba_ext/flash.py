@@ -454,8 +454,10 @@ def forward(
             plan.block_size,
         )
     with record_function("moba::attend"):
-        # merge writes a row of out after it has read that of the own block: one buffer for both.
-        out, own_lse = _varlen_forward(q, k, v, own.sequences, scale, causal=True)
+        own_out, own_lse = _varlen_forward(q, k, v, own.sequences, scale, causal=True)
+    # merge writes a row of out after it has read that of the own block: one buffer serves both,
+    # unless FlashAttention gave it the strides of q.
+    out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
     for heads in plan.head_ranges():
         own_heads = slice(*(h * (heads_q // heads_k) for h in heads))
         for queries in plan.query_ranges():
@@ -476,7 +478,7 @@ def forward(
                 part_out = q.new_empty(0, 1, head_dim)
             with record_function("moba::merge"):
                 _stages.flash_merge(
-                    *(positions, part_out, part_lse, out[:, own_heads], own_lse[own_heads]),
+                    *(positions, part_out, part_lse, own_out[:, own_heads], own_lse[own_heads]),
                     *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
                 )
     return out, lse, ids

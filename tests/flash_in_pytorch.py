@@ -186,7 +186,7 @@ def _scores(q, k, scale, causal):
 
 
 def forward_call(q, k, v, sequences, scale, causal):
-    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    out = torch.full_like(q, torch.nan)  # with the strides of q, as torch's own FlashAttention does
     lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
     group = q.shape[1] // k.shape[1]
     for rows, keys in _calls(sequences):

@@ -39,11 +39,16 @@ def stages(monkeypatch):
         monkeypatch.setattr(flash_in_pytorch, name, stage, raising=False)
 
 
-def check(case: Case, with_dlse: bool) -> None:
-    inputs = case.tensors(torch.float32)
+def head_major(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def check(case: Case, with_dlse: bool, layout=lambda x: x) -> None:
+    inputs = [layout(x) for x in case.tensors(torch.float32)]
     sizes = (case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk)
     cu_seqlens = case.cu_seqlens()
     out, lse, ids = flash.forward(*inputs, *cu_seqlens, *sizes, 0.3)
+    assert out.is_contiguous() and lse.is_contiguous()
     assert torch.equal(ids, torch.ops.moba.attention(*inputs, *cu_seqlens, *sizes)[2])
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) * with_dlse
     got = (
@@ -67,6 +72,13 @@ def check(case: Case, with_dlse: bool) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_one_group(case, with_dlse):
     check(case, with_dlse)
+
+
+@pytest.mark.parametrize(
+    "layout", [head_major, lambda x: torch.cat([x, x], -1)[..., 5:][..., : x.shape[-1]]]
+)
+def test_layouts(layout):
+    check(CASES[0], True, layout)
 
 
 @pytest.mark.parametrize("workspace", [1, 200_000, 800_000])
