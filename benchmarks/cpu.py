@@ -11,10 +11,8 @@ what the backward needs. `pairs` is how many times fewer (query, key) pairs MoBA
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,10 +22,9 @@ import torch
 import torch.nn.functional as F
 
 import moba_ext
+from common import commit, markdown, put_into_readme, read_results, write_results
 from moba_ext import _C
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 HEADS, HEAD_DIM = 4, 64
 
 
@@ -63,17 +60,6 @@ def cpu_model() -> str:
 def has_amx() -> bool:
     """Matrix units for bfloat16, which PyTorch's attention uses too."""
     return " amx_bf16" in Path("/proc/cpuinfo").read_text()
-
-
-def commit() -> str:
-    """Of the kernels, "unknown" outside of a checkout; a plus sign if they have changed since."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "csrc"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if changed else "")
 
 
 def timed(function):
@@ -133,22 +119,21 @@ def measure() -> dict:
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
         "moba_ext": moba_ext.__version__,
-        "commit": commit(),
+        "commit": commit("csrc"),
         "command": "python benchmarks/cpu.py",
         "rows": rows,
     }
 
 
 def table(results: dict) -> str:
-    lines = [
+    intro = (
         f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels, "
         f"{'with' if results['amx'] else 'no'} AMX, torch {results['torch']}, "
-        f"commit {results['commit']}:",
-        "",
-        "| S | block, topk | dtype | fewer pairs | gate | forward | backward | "
-        "SDPA forward | SDPA backward | speed-up forward | forward + backward |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        f"commit {results['commit']}:"
+    )
+    header = ["S", "block, topk", "dtype", "fewer pairs", "gate", "forward", "backward"]
+    header += ["SDPA forward", "SDPA backward", "speed-up forward", "forward + backward"]
+    lines = []
     for row in results["rows"]:
         s = row["seconds"]
         dense = ["-"] * 4
@@ -169,8 +154,8 @@ def table(results: dict) -> str:
             f"{s['moba_backward']:.3f}",
             *dense,
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return f"{intro}\n\n{markdown(header, lines)}"
 
 
 def tables() -> str:
@@ -180,15 +165,7 @@ def tables() -> str:
         "(block_mean and gate_topk) is part of the forward; SDPA is PyTorch's full causal "
         "attention, `scaled_dot_product_attention`."
     )
-    files = sorted(RESULTS.glob("cpu*.json"))
-    return "\n\n".join([intro, *(table(json.loads(file.read_text())) for file in files)])
-
-
-def put_into_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    begin, end = "<!-- benchmarks/cpu.py begin -->\n", "<!-- benchmarks/cpu.py end -->"
-    before, rest = readme.read_text().split(begin)
-    readme.write_text(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}")
+    return "\n\n".join([intro, *(table(results) for results in read_results("cpu.py").values())])
 
 
 def main() -> None:
@@ -197,11 +174,10 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="write README.md's tables")
     options = parser.parse_args()
     if options.readme:
-        put_into_readme(tables())
+        put_into_readme("cpu.py", tables())
         return
     results = measure()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(options.name, results)
     print(table(results))
 
 

@@ -1,0 +1,183 @@
+"""What the benchmarks share: the rows, timing with CUDA events, facts of a run, result files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import moba_ext
+from moba_ext import flash, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+HEAD_DIM = 128
+
+
+class Row(NamedTuple):
+    """One causal sequence, bfloat16, head_dim 128."""
+
+    tokens: int
+    heads_q: int
+    heads_k: int
+    block_size: int
+    topk: int
+
+
+ROWS = {
+    "S2K": Row(2_048, 16, 16, 128, 8),
+    "S4K": Row(4_096, 16, 16, 128, 8),
+    "A": Row(8_192, 16, 16, 128, 8),
+    "B": Row(32_768, 16, 16, 128, 8),
+    "C": Row(131_072, 16, 16, 128, 8),
+    "D": Row(524_288, 16, 16, 128, 8),
+    "E": Row(32_768, 16, 16, 512, 3),
+    "F": Row(131_072, 16, 16, 512, 3),
+    "G": Row(131_072, 16, 16, 2_048, 3),
+    "H": Row(32_768, 32, 8, 128, 8),
+    "I": Row(131_072, 32, 8, 4_096, 12),
+    "1M": Row(1_048_576, 32, 8, 128, 8),
+}
+
+
+def row_names(text: str) -> list[str]:
+    """Parses A,C."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        known = ", ".join(ROWS)
+        raise argparse.ArgumentTypeError(f"has {', '.join(unknown)}, must be of {known}")
+    return names
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return int(text)
+
+
+def require_gpu(parser: argparse.ArgumentParser, backend: str) -> None:
+    """An error of the command line unless the backend can run here."""
+    if not torch.cuda.is_available():
+        parser.error("measuring needs a GPU that torch can see")
+    try:
+        ops.resolve_backend(backend, "cuda", torch.bfloat16, HEAD_DIM)
+    except ValueError as error:
+        parser.error(f"--{error}")
+
+
+def span(function: Callable) -> tuple[tuple, object]:
+    """The CUDA events before and after a call, and what it returned."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    result = function()
+    end.record()
+    return (begin, end), result
+
+
+def medians(once: Callable, runs: int = 10, seconds: float = 3.0) -> tuple[dict, int]:
+    """Medians, in ms, of the spans that ``once()`` returns by name; and the number of runs.
+
+    Up to three runs warm up, as long as they began within a second. Then come ``runs`` runs, fewer
+    (but three) when they take more than ``seconds``. Nothing waits for the device inside a run.
+    """
+    begin = time.perf_counter()
+    for _ in range(3):
+        once()
+        torch.cuda.synchronize()
+        if time.perf_counter() - begin > 1:
+            break
+    times: list[dict] = []
+    begin = time.perf_counter()
+    while len(times) < runs and (len(times) < 3 or time.perf_counter() - begin < seconds):
+        spans = once()
+        torch.cuda.synchronize()
+        times.append({name: first.elapsed_time(last) for name, (first, last) in spans.items()})
+    return {name: statistics.median(run[name] for run in times) for name in times[0]}, len(times)
+
+
+def commit(*paths: str) -> str:
+    """HEAD, "unknown" outside of a checkout; a plus sign if paths have changed since."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", *paths], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed else "")
+
+
+def kernels_sha256() -> str:
+    """Of the names and contents of what decides the speed on CUDA."""
+    kinds = (".cu", ".cuh", ".cpp", ".h")
+    files = [file for file in (ROOT / "csrc/cuda").rglob("*") if file.suffix in kinds]
+    files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py"]
+    total = hashlib.sha256()
+    for file in sorted(files):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        total.update(f"{content} {file.relative_to(ROOT).as_posix()}\n".encode())
+    return total.hexdigest()
+
+
+def facts(command: str, commit_name: str | None) -> dict:
+    """Where, by what and of what CUDA results are; commit_name where the tree has no .git."""
+    flash_attention = "the FlashAttention 2 inside torch"
+    if flash._package() is not None:
+        flash_attention = f"flash-attn {import_module('flash_attn').__version__}"
+    return {
+        "command": command,
+        "commit": commit_name or commit("csrc", "moba_ext"),
+        "kernels_sha256": kernels_sha256(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "moba_ext": moba_ext.__version__,
+        "flash_attention": flash_attention,
+    }
+
+
+def driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(query, text=True).split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def write_results(name: str, results: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def read_results(script: str) -> dict[str, dict]:
+    """Committed results of ``benchmarks/<script>``, or of all for "", by file name."""
+    found = {file.name: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
+    command = f"python benchmarks/{script}"
+    return {name: results for name, results in found.items() if command in results["command"]}
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    first, *others = ("| " + " | ".join(row) + " |" for row in (header, *lines))
+    return "\n".join([first, "|" + "---|" * len(header), *others])
+
+
+def put_into_readme(script: str, text: str) -> None:
+    """Replace what stands between the marks of ``benchmarks/<script>``."""
+    readme = ROOT / "README.md"
+    begin, end = (f"<!-- benchmarks/{script} {mark} -->" for mark in ("begin", "end"))
+    before, rest = readme.read_text().split(begin)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

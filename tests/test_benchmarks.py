@@ -1,0 +1,265 @@
+"""The GPU benchmark, as far as it goes without a GPU: inputs, tables, --check, a run of it."""
+
+import argparse
+import json
+import time
+
+import pytest
+import torch
+
+import attention
+import common
+import inputs
+import moba_ext
+
+BLOCK = 32
+SIZES = 64 * BLOCK, 4, 2, 64, BLOCK
+
+
+def draw(kind: str, dtype=torch.float32, **options):
+    return inputs.draw(kind, *SIZES, dtype=dtype, device="cpu", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", inputs.KINDS)
+def test_shapes_of_inputs(kind, dtype):
+    q, k, v = draw(kind, dtype)
+    assert q.shape == (64 * BLOCK, 4, 64) and k.shape == v.shape == (64 * BLOCK, 2, 64)
+    assert all(x.dtype == dtype and x.is_contiguous() and x.isfinite().all() for x in (q, k, v))
+    assert v.mean().abs() < 0.02 and abs(v.std() - 1) < 0.02
+
+
+def test_kind_of_inputs_must_be_known():
+    with pytest.raises(ValueError, match="'warm', must be one of random, correlated, hot"):
+        draw("warm")
+
+
+def test_random_inputs_are_standard_normal():
+    for x in draw("random")[:2]:
+        assert x.mean().abs() < 0.02 and abs(x.std() - 1) < 0.02
+
+
+def test_correlated_keys_share_a_topic_per_block():
+    k = draw("correlated")[1].unflatten(0, (64, BLOCK))
+    topic = k.mean(1)  # [blocks, heads, head_dim], 4 * u with noise 0.5 / sqrt(BLOCK) per element
+    assert abs(topic.norm(dim=-1).mean() - 4) < 0.2
+    assert abs((k - topic[:, None]).std() - 0.5 * (1 - 1 / BLOCK) ** 0.5) < 0.01
+    alike = torch.cosine_similarity(topic[:, None], topic[None], dim=-1) > 0.8  # [64, 64, heads]
+    assert alike[..., 0].equal(alike[..., 1]) and 64 < alike[..., 0].sum() < 64 + 64 * 6
+
+
+def test_correlated_queries_keep_their_topic_and_find_its_blocks():
+    topics = inputs.query_topics(200_000, "cpu")
+    assert topics.min() >= 0 and topics.max() < inputs.TOPICS and len(topics.unique()) > 60
+    # Of the changes, one in 64 leads to the same topic.
+    mean = len(topics) / (1 + int((topics[1:] != topics[:-1]).sum()))
+    assert 225 < mean < 300
+    for kind, share in (("correlated", 0.9), ("random", 0)):
+        q, k, _ = inputs.draw(kind, 512 * BLOCK, *SIZES[1:], dtype=torch.float32, device="cpu")
+        scores = moba_ext.select_blocks(q, k, block_size=BLOCK, topk=2).scores[256 * BLOCK :]
+        found = (scores > 10).float().mean()  # 4 * 4 where a past block has the query's topic
+        assert share <= found <= share + 0.1
+
+
+@pytest.mark.parametrize("hot_blocks", [1, 3])
+def test_nearly_every_query_chooses_the_hot_blocks(hot_blocks):
+    q, k, _ = draw("hot", torch.bfloat16, hot_blocks=hot_blocks)
+    for block in range(hot_blocks):
+        chosen = moba_ext.select_blocks(q, k, block_size=BLOCK, topk=4).block_ids == block
+        later = chosen[hot_blocks * BLOCK :].any(-1)
+        assert later.float().mean() > 0.99
+    hot, cold = (x.mean((0, 1)).norm() for x in (k[: hot_blocks * BLOCK, :1], k[-BLOCK:, :1]))
+    assert abs(hot - 8) < 2 and cold < 3
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A checkout with kernels and a README, without results."""
+    for name in ("csrc/cuda/deep", "benchmarks/results", "moba_ext"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/flash.py"):
+        (tmp_path / name).write_text(name)
+    marks = "<!-- benchmarks/attention.py begin -->\n\n<!-- benchmarks/attention.py end -->"
+    (tmp_path / "README.md").write_text(f"before\n{marks}\nafter\n")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "benchmarks/results")
+    return tmp_path
+
+
+def results() -> dict:
+    """As a run of rows A and 1M writes them."""
+    moba = {
+        "ms": {"forward": 0.8, "backward": 2.0},
+        "runs": 10,
+        "extra_bytes": {"forward": 500_000_000, "backward": 1_250_000_000},
+        "stages_ms": {
+            phase: {**dict.fromkeys(attention.STAGES, 0.125), "attend": 0.5}
+            for phase in attention.PHASES
+        },
+    }
+    dense = {
+        "ms": {"forward": 1.6, "backward": 1.0},
+        "runs": 3,
+        "extra_bytes": {"forward": 1, "backward": 2},
+    }
+    rows = []
+    for name, yardstick in (("A", dense), ("1M", {"skipped": "takes minutes"})):
+        methods = {attention.MOBA: moba, attention.DENSE: yardstick}
+        rows.append({"row": name, **common.ROWS[name]._asdict(), "methods": methods})
+    names = ("gpu", "driver", "cuda", "torch", "cudnn", "flash_attention", "commit")
+    return {
+        **{name: f"some {name}" for name in names},
+        **{"command": "python benchmarks/attention.py", "inputs": "random", "backend": "flash"},
+        **{"kernels_sha256": common.kernels_sha256(), "rows": rows},
+    }
+
+
+def test_table_of_a_results_file(tree):
+    common.write_results("gpu", results())
+    common.write_results("other", {"command": "python benchmarks/cpu.py"})
+    text = attention.tables()
+    assert "medians of 3 to 10 runs" in text and "some gpu" in text
+    cells = (
+        "A | 8,192 | 16/16 | 128, 8 | moba_ext | 0.80 | 2.00 | 1.60 | 1.00 | **2.0x** | **0.5x**"
+    )
+    assert f"| {cells} | 0.50 | 1.25 |\n" in text
+    assert "| 1M | 1,048,576 | 32/8 | 128, 8 | moba_ext | 0.80 | 2.00 | - | - | - | - |" in text
+    assert "Not measured: 1M dense cuDNN: takes minutes." in text
+    stages = "0.12 | 0.12 | 0.12 | 0.50 | 0.12 | 0.12 | 0.12 | 0.50 | 0.12 | 0.12"
+    assert text.endswith(f"| A | {stages} |\n| 1M | {stages} |")
+    for part in text.split("\n\n"):
+        assert not part.startswith("|") or len({line.count("|") for line in part.split("\n")}) == 1
+
+
+def test_tables_of_failures(tree):
+    failed = results()
+    for row in failed["rows"]:
+        row["methods"] = dict.fromkeys(row["methods"], {"skipped": "RuntimeError: no"})
+    assert "A moba_ext: RuntimeError: no." in attention.table(failed)
+    assert "saw no kernels" in attention.table(failed)
+
+
+def test_readme_gets_the_tables(tree):
+    for _ in range(2):
+        common.put_into_readme("attention.py", attention.tables())
+        assert (tree / "README.md").read_text().count("\n") == 5
+    common.write_results("gpu", results())
+    common.put_into_readme("attention.py", attention.tables())
+    text = (tree / "README.md").read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n")
+    assert attention.tables() in text
+
+
+def test_check_tells_results_of_other_kernels(tree, capsys):
+    assert attention.check() == 0 and "nothing to check" in capsys.readouterr().out
+    common.write_results("gpu", results())
+    assert attention.check() == 0 and "made by these kernels" in capsys.readouterr().out
+    (tree / "csrc/cuda/README.md").write_text("no kernel")
+    assert attention.check() == 0
+    for name in ("csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/flash.py"):
+        before = (tree / name).read_text()
+        (tree / name).write_text(before + " ")
+        assert attention.check() == 1 and "made by OTHER kernels" in capsys.readouterr().out
+        (tree / name).write_text(before)
+    (tree / "csrc/cuda/a.cu").rename(tree / "csrc/cuda/c.cu")
+    assert attention.check() == 1
+
+
+def test_arguments(capsys):
+    options = attention.parse(["--check", "--rows", "1M,A"])
+    assert options.rows == ["1M", "A"] and options.inputs == "random" and options.repeats == 10
+    assert attention.parse(["--readme"]).rows == list(common.ROWS)
+    wrong = ["--rows A,Z", "--repeats 0", "--inputs warm", "--check --hot"]
+    for arguments in (*wrong, *([] if torch.cuda.is_available() else ["--rows A"])):
+        with pytest.raises(SystemExit):
+            attention.parse(arguments.split())
+    assert "has Z, must be of S2K" in capsys.readouterr().err
+
+
+def test_kernels_go_to_the_stage_that_launched_them():
+    def event(cat, name, ts, dur, tid, **args):
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+    def launched(number, ts, tid, dur, **args):
+        call = event("cuda_runtime", "cudaLaunchKernel", ts, 1, tid, correlation=number)
+        return call, event("kernel", "k", 900, dur, 7, correlation=number, **args)
+
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("user_annotation", "benchmark::forward", 0, 100, 1),
+        event("user_annotation", "moba::route", 10, 20, 1),
+        event("user_annotation", "moba::route", 40, 20, 1),
+        event("gpu_user_annotation", "moba::route", 900, 900, 7),
+        event("user_annotation", "benchmark::backward", 100, 100, 1),
+        event("user_annotation", "moba::attend", 110, 50, 2),  # autograd's own thread
+        event("cpu_op", "aten::fill_", 112, 3, 2, **{"External id": 5}),
+        *launched(1, 10, 1, 1000),
+        *launched(2, 45, 1, 2000),
+        *launched(3, 30, 1, 4000),  # a range ends before its end
+        *launched(4, 150, 2, 8000),
+        *launched(5, 150, 3, 16000),  # another thread
+        event("gpu_memset", "m", 900, 32000, 7, **{"External id": 5}),  # no launch known
+        *launched(6, 500, 1, 64000),  # after all
+    ]
+    found = attention.stage_ms(events)
+    assert {name: ms for name, ms in found["forward"].items() if ms} == {"route": 3, "other": 4}
+    assert {name: ms for name, ms in found["backward"].items() if ms} == {"attend": 40, "other": 16}
+    assert attention.stage_ms(events[:8]) is None
+
+
+class Event:
+    """torch.cuda.Event on a CPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end) -> float:
+        return (end.time - self.time) * 1e3
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name, value in (("memory_allocated", 100), ("max_memory_allocated", 10**9)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    monkeypatch.setattr(attention, "DEVICE", "cpu")
+
+
+def test_a_run(tree, no_gpu, monkeypatch, capsys):
+    monkeypatch.setitem(common.ROWS, "A", common.Row(256, 4, 2, 32, 3))
+    monkeypatch.setitem(attention.PEERS, "numbers", ("a peer", attention.moba("cpu")))
+    options = {"rows": ["A", "1M"], "backend": "cpu", "inputs": "hot", "repeats": 2}
+    monkeypatch.setitem(common.ROWS, "1M", common.Row(96, 4, 2, 32, 2))
+    monkeypatch.setattr(attention, "DENSE_MOST", 96)
+    found = attention.run(argparse.Namespace(**options, name="gpu", commit="abc", no_dense=False))
+    assert found == json.loads((tree / "benchmarks/results/gpu.json").read_text())
+    assert found["commit"] == "abc" and found["kernels_sha256"] == common.kernels_sha256()
+    row = found["rows"][0]["methods"]
+    assert row["moba_ext"]["runs"] == 2 and row["moba_ext"]["ms"].keys() == attention.PHASES.keys()
+    out = 256 * 4 * 128 * 2
+    assert row["moba_ext"]["extra_bytes"] == {
+        "forward": 10**9 - 100 - out,
+        "backward": 10**9 - 100 - 2 * out,
+    }
+    assert row["moba_ext"]["stages_ms"] is None and row["a peer"]["ms"]
+    assert row["dense cuDNN"] == {"skipped": "above 96 tokens, takes minutes"}
+    # cuDNN has no kernel for CPU tensors.
+    assert found["rows"][1]["methods"]["dense cuDNN"]["skipped"].startswith("RuntimeError")
+    assert "no GPU" in attention.table(found)
+    assert "FlashMoBA is left out: No module named 'flash_moba'" in capsys.readouterr().err
+
+
+def test_runs_are_fewer_when_they_take_long(no_gpu):
+    def once():
+        time.sleep(0.02)
+        return {"all": common.span(lambda: None)[0]}
+
+    assert common.medians(once, 4, 10)[1] == 4
+    assert common.medians(once, 10, 0.01)[1] == 3
+    assert common.medians(once, 1, 0.01)[1] == 1
