@@ -29,6 +29,24 @@ def test_blocks_of_several_chunks(head_dim, block_size, poisoned):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3e4, 1e5, 1e9])
+def test_large_scores(dtype, size):
+    """Weights are at most 1 however coarse the scores' rounding is (scale is no power of two)."""
+    case = self_attention(70, 2, 1, 128, 16, 5)
+    q, k, v = case.tensors(torch.float32)
+    q, k, v = (q * size).to(dtype), (k * size).to(dtype), v.to(dtype)
+    out, lse, _ = run_op(case, q, k, v)
+    assert out.isfinite().all() and lse.isfinite().all()
+    assert out.abs().max() <= v.abs().max()
+    _, exact = reference.masked_attention(
+        *(x.double() for x in (q, k, v)),
+        reference.block_mask(run_op(case, q, k, v)[2], *case.cu_seqlens(), case.block_size),
+        *(*case.cu_seqlens(), case.block_size, case.head_dim**-0.5),
+    )
+    assert ((lse - exact) / exact).abs().max() < 1e-5
+
+
 def test_a_query_group_of_every_size():
     # 1 to 50 rows per block: every width of a row tile, with and without idle lanes.
     for queries in range(1, 51):

@@ -46,7 +46,8 @@ static inline f32v update_softmax(Softmax& softmax, float* p, int64_t stride, in
   const f32v shift = top == -kInf ? f32v{} : top;
   f32v sum = {};
   const auto weight = [&](int64_t m) {
-    f32v w = exp_vec(mul_add(load<f32v>(p + m * stride), scale, -shift));
+    // The product is rounded as for the maximum, so that no difference is positive.
+    f32v w = exp_vec(load<f32v>(p + m * stride) * scale - shift);
     if (kMasked) w = seen(m) ? w : f32v{};
     sum += w;
     return w;
@@ -156,9 +157,9 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const C
 }
 
 void attend(const AttendParams& params, const BlockRows& rows, float* scratch) {
-  const TileRegisters tile_registers;
   with_dtype(params.problem.dtype, [&](auto type) {
     using T = decltype(type);
+    [[maybe_unused]] const TileRegisters<kPerWord<T>> tile_registers;
     const Problem& problem = params.problem;
     const int64_t most = chunk_keys(problem.block_size, problem.head_dim);
     const int64_t keys = visible_keys(problem, rows);

@@ -125,9 +125,9 @@ static void attend_backward_tile(const AttendBackwardParams& params, const RowTi
 
 void attend_backward(const AttendBackwardParams& params, const BlockRows& rows, int64_t chunk_begin,
                      float* dk, float* dv, float* scratch) {
-  const TileRegisters tile_registers;
   with_dtype(params.problem.dtype, [&](auto type) {
     using T = decltype(type);
+    [[maybe_unused]] const TileRegisters<kPerWord<T>> tile_registers;
     const Problem& problem = params.problem;
     const int64_t width = padded(problem.head_dim),
                   most = chunk_keys(problem.block_size, problem.head_dim);

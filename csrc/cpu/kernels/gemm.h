@@ -87,21 +87,25 @@ static inline __attribute__((always_inline)) void gemm_registers(int64_t words, 
 
 constexpr int64_t kTile = 16;  // rows of a tile register, and words in each
 
+// What the calling thread needs for as long as it multiplies words of kPer values.
+template <int kPer>
+struct TileRegisters {};
+
 #if defined(__AMX_BF16__)
-// Gives the calling thread eight full tiles for as long as this lives.
-struct TileRegisters {
-  TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = kTile * 4;
-      config.rows[i] = kTile;
-    }
-    _tile_loadconfig(&config);
-  }
+// A constant: g++'s intrinsic says that it reads 8 bytes of these 64, so stores would be dropped.
+struct alignas(64) TileConfig {
+  static constexpr uint16_t kRowBytes = kTile * 4;
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {kRowBytes, kRowBytes, kRowBytes, kRowBytes,
+                            kRowBytes, kRowBytes, kRowBytes, kRowBytes};
+  uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+};
+constexpr TileConfig kTileConfig;
+static_assert(sizeof(TileConfig) == 64);
+
+template <>
+struct TileRegisters<2> {
+  TileRegisters() { _tile_loadconfig(&kTileConfig); }
   ~TileRegisters() { _tile_release(); }
 };
 
@@ -141,10 +145,6 @@ static inline void gemm_tiles(int64_t words, const float* a, int64_t lda, const 
   if constexpr (kBlocks == 2) _tile_stored(2, below, ldc * 4);
   if constexpr (kBlocks == 2 && N == 2) _tile_stored(3, below + kTile, ldc * 4);
 }
-#else
-struct TileRegisters {
-  TileRegisters() {}
-};
 #endif
 
 // Most vectors of columns that a product of words from T takes at a time.
