@@ -84,9 +84,9 @@ def test_hot_blocks_of_many_segments(blocks, heads, block_size, poisoned):
 
 LONG = [  # kind, dtype, query heads, KV heads, block_size, topk
     ("random", torch.bfloat16, 4, 2, 128, 8),
-    ("correlated", torch.bfloat16, 4, 2, 128, 8),
+    ("correlated", torch.float16, 4, 2, 128, 8),
     ("hot", torch.bfloat16, 4, 2, 128, 8),
-    ("hot", torch.float16, 2, 2, 512, 3),
+    ("hot", torch.bfloat16, 2, 2, 512, 3),
     ("random", torch.float16, 16, 1, 64, 12),
 ]
 

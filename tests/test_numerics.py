@@ -35,7 +35,8 @@ def test_sampled_rows_and_keys_are_those_of_masked_attention(case, monkeypatch):
         return calls[-1][1]
 
     monkeypatch.setattr(flash_checks, "_sampled", spy)
-    monkeypatch.setattr(flash_checks, "_assert_numbers", lambda *_: None)  # budgets of 16 bits
+    for name in ("_assert_numbers", "_check_sum_of_dv"):  # budgets of 16-bit kernels
+        monkeypatch.setattr(flash_checks, name, lambda *_: None)
     inputs, douts = INPUTS["random"](case, torch.float32), upstream(case, torch.float32)
     blocks = [(b, j) for b, n in enumerate(case.lengths_k) for j in range(-(-n // case.block_size))]
     got = check_samples(case, inputs, blocks, douts)
