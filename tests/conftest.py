@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_ext import ops
+from moba_ext import flash, ops
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -26,3 +26,15 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def flash_attention(request, monkeypatch) -> str:
+    """Which FlashAttention the flash backend calls: torch's own, which has every head_dim and both
+    dtypes, or by indirect parametrization the one of the package flash-attn."""
+    name = getattr(request, "param", "aten")
+    if name == "aten":
+        monkeypatch.setattr(flash, "_package", lambda: None)
+    elif flash._package() is None:
+        pytest.skip("the package flash-attn is not installed")
+    return name

@@ -63,9 +63,9 @@ class Case(NamedTuple):
     def max_seqlen_k(self) -> int:
         return max(self.lengths_k)
 
-    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         return tuple(
-            torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
             for lengths in (self.lengths_q, self.lengths_k)
         )
 
@@ -92,7 +92,7 @@ def run_op(case: Case, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> tuple[Tenso
             q,
             k,
             v,
-            *case.cu_seqlens(),
+            *case.cu_seqlens(q.device),
             case.max_seqlen_q,
             case.max_seqlen_k,
             case.block_size,
@@ -106,7 +106,7 @@ def run_masked(
     case: Case, q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """out and lse of dense attention under the mask of a selection, in plain PyTorch."""
-    cu_seqlens = case.cu_seqlens()
+    cu_seqlens = case.cu_seqlens(q.device)
     mask = reference.block_mask(block_ids, *cu_seqlens, case.block_size)
     scale = case.head_dim**-0.5 if scale is None else scale
     out, lse = reference.masked_attention(q, k, v, mask, *cu_seqlens, case.block_size, scale)
@@ -133,16 +133,18 @@ def recomputed_gradients(
     dout: Tensor,
     dlse: Tensor,
     scale: float,
+    round_weights: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv as every flash-style backward computes them, in plain PyTorch with fp32
-    accumulation.
+    accumulation. round_weights: P and dS go into the products in the dtype of q, as on tensor
+    cores; in float16 small ones are subnormal.
 
     P is recomputed from the saved lse and delta = sum(dout * out) - dlse replaces the softmax's
     own sum, so rounding
     of the saved out and lse enters the gradients: the fair yardstick for a kernel that saves the
         same.
     """
-    cu_seqlens_q, cu_seqlens_k = case.cu_seqlens()
+    cu_seqlens_q, cu_seqlens_k = case.cu_seqlens(q.device)
     mask = reference.block_mask(block_ids, cu_seqlens_q, cu_seqlens_k, case.block_size)
     out, lse = reference.masked_attention(
         q, k, v, mask, cu_seqlens_q, cu_seqlens_k, case.block_size, scale
@@ -154,13 +156,15 @@ def recomputed_gradients(
     bounds = zip(*(zip(cu.tolist(), cu.tolist()[1:]) for cu in (cu_seqlens_q, cu_seqlens_k)))
     for (begin_q, end_q), (begin_k, end_k) in bounds:
         rows, keys = slice(begin_q, end_q), slice(begin_k, end_k)
-        index = torch.arange(end_k - begin_k)
+        index = torch.arange(end_k - begin_k, device=q.device)
         seen = mask[rows][:, :, index // case.block_size] & (index <= position[rows, None, None])
         qs, dos = q[rows].float(), dout[rows].float()
         ks, vs = (x[keys].float().repeat_interleave(group, 1) for x in (k, v))
         p = (torch.einsum("qhd,khd->qhk", qs, ks) * scale - lse.T[rows, :, None]).exp()
         p = p.masked_fill(~seen, 0.0)
         ds = p * (torch.einsum("qhd,khd->qhk", dos, vs) - delta[rows, :, None])
+        if round_weights:
+            p, ds = (x.to(q.dtype).float() for x in (p, ds))
         grads[0][rows] = torch.einsum("qhk,khd->qhd", ds, ks) * scale
         grads[1][keys] = (
             (torch.einsum("qhk,qhd->khd", ds, qs) * scale).unflatten(1, (-1, group)).sum(2)
@@ -200,7 +204,7 @@ def check_selection(
 
     Also: ids ascend, are past blocks, are padded with -1, and are as many as there are.
     """
-    cu_seqlens_q, cu_seqlens_k = case.cu_seqlens()
+    cu_seqlens_q, cu_seqlens_k = case.cu_seqlens(q.device)
     best_ids, best = reference.gate_topk(
         q.double(),
         kbar.double(),
@@ -224,7 +228,7 @@ def check_selection(
     rows = reference.block_offsets(cu_seqlens_k, case.block_size)[sequence][
         :, None, None
     ] + block_ids.clamp(min=0)
-    heads = torch.arange(case.heads_q)[None, :, None] // group
+    heads = torch.arange(case.heads_q, device=q.device)[None, :, None] // group
     exact = torch.einsum("thd,thsd->ths", q.double(), kbar.double()[rows, heads])
     exact = exact.masked_fill(block_ids < 0, -torch.inf)
     # fp32 accumulation of D products: the error is bounded by D * eps * sum |q * kbar|.
