@@ -15,6 +15,7 @@ from flash_checks import (
     run,
     upstream,
 )
+from flash_stages import head_major
 from numerics import Case, self_attention
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -196,6 +197,8 @@ def test_opcheck(flash_attention, topk):
     for requires_grad in (False, True):
         args = op_args(case, [x.clone().requires_grad_(requires_grad) for x in inputs])
         torch.library.opcheck(torch.ops.moba.attention, args, kwargs, test_utils=OPCHECKS)
+    args = op_args(case, [head_major(x) for x in inputs])
+    torch.library.opcheck(torch.ops.moba.attention, args, kwargs, test_utils=OPCHECKS)
     args = op_args(case, inputs)
     saved = torch.ops.moba.attention(*args, **kwargs)
     for dlse in (upstream(case, torch.bfloat16)[1], None):
