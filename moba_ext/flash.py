@@ -125,9 +125,19 @@ def _group_bytes(
     if not backward:  # q, out, lse; k, v
         return routing + entries * (2 * row + 4) + segments * block_size * 2 * key
     # q, dout, out, dq, lse, and FlashAttention's dq and delta in fp32; k, v, dk, dv.
-    padded = entries + _ROW_TILE * segments
-    accumulators = padded * (4 * _ceil_div(head_dim, 32) * 32 + 4)
+    accumulators = _accumulator_bytes(entries, segments, 1, head_dim)
     return routing + entries * (4 * row + 4) + accumulators + segments * block_size * 4 * key
+
+
+def _accumulator_bytes(rows: int, sequences: int, heads: int, head_dim: int) -> int:
+    """FlashAttention's dq and delta in fp32: its deterministic backward has one dq per split of the
+    keys, as many as give every multiprocessor a thread block."""
+    processors = 132  # of an H100 or H200, where there is no GPU to ask
+    if torch.cuda.is_available():
+        processors = torch.cuda.get_device_properties().multi_processor_count
+    step = 32 if head_dim <= 128 else 64
+    dq = 4 * _ceil_div(head_dim, step) * step * _ceil_div(processors, sequences * heads)
+    return heads * (rows + _ROW_TILE * sequences) * (dq + 4)
 
 
 def planned_sizes(
@@ -152,11 +162,11 @@ def planned_sizes(
         routed = 0
         if plan.slots:
             routed = _group_bytes(entries, segments, plan.block_size, head_dim, backward)
-        if backward:  # of the heads of a group: dq, dk, dv, FlashAttention's dq and delta in fp32
-            heads = plan.heads_per_group * group
-            own = 2 * head_dim * (heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
-            padded = tokens_q + _ROW_TILE * (num_blocks + batch)
-            own += heads * padded * (4 * _ceil_div(head_dim, 32) * 32 + 4)
+        if backward:  # dq, dk, dv of the heads of a group, dk and dv also once per query head
+            heads, expanded = plan.heads_per_group * group, group if group > 1 else 0
+            of_keys = 2 * plan.heads_per_group * (1 + expanded) * tokens_k
+            own = 2 * head_dim * (heads * tokens_q + of_keys)
+            own += _accumulator_bytes(tokens_q, num_blocks + batch, heads, head_dim)
         else:  # the lse of all heads
             own = 4 * heads_q * tokens_q
         sizes.append(own + routed)
@@ -317,7 +327,7 @@ def _varlen_forward(
 
 def _varlen_backward(
     dout: Tensor,
-    dlse: Tensor | None,
+    dlse: _LseGrad | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -327,7 +337,7 @@ def _varlen_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v; dlse is :func:`_lse_as_output`'s dout, or None."""
+    """Gradients of q, k, v."""
 
     def run(dout, v, out):
         first, *others = sequences.calls()
@@ -342,22 +352,36 @@ def _varlen_backward(
     if dlse is not None:
         ones = torch.zeros_like(v)
         ones[..., :2] = 1
-        more_dq, more_dk, _ = run(dlse, ones, torch.zeros_like(out))
-        dq, dk = dq + more_dq, dk + more_dk
+        more_dq, more_dk, _ = run(dlse.dout, ones, torch.zeros_like(out))
+        dq, dk = (
+            (x.float() + more.float() * dlse.factor).to(x.dtype)
+            for x, more in ((dq, more_dq), (dk, more_dk))
+        )
     return dq, dk, dv
 
 
-def _lse_as_output(dlse: Tensor, like: Tensor) -> Tensor:
-    """The dout ``[Tq, Hq, D]`` that gives dlse's share of the gradients of q and k.
+class _LseGrad(NamedTuple):
+    """dlse as a dout ``[rows, heads, D]`` and the factor of the gradients that it gives.
 
     dS = P * (dP - delta + dlse), and FlashAttention has no place for dlse. But with a v whose first
     two columns are 1, an out of 0 and this dout, dP is dlse and delta is 0. Two columns, because
-    one 16-bit number would round dlse.
+    one 16-bit number would round dlse; the factor, so that they are no larger than 1 and float16
+    can hold them.
     """
+
+    dout: Tensor
+    factor: Tensor
+
+
+def _lse_grad(dlse: Tensor, no_keys: Tensor, like: Tensor) -> _LseGrad:
+    """dlse and no_keys ``[Hq, Tq]``; what dlse says of rows without keys does not count."""
+    dlse = dlse.masked_fill(no_keys, 0.0)
+    factor = dlse.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     dout = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    dout[..., 0] = dlse.T
-    dout[..., 1] = dlse.T - dout[..., 0].float()
-    return dout
+    share = (dlse / factor).T
+    dout[..., 0] = share
+    dout[..., 1] = share - dout[..., 0].float()
+    return _LseGrad(dout, factor)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -441,9 +465,9 @@ def forward(
     with record_function("moba::block_mean"):
         kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
     with record_function("moba::gate_topk"):
-        ids, _ = _stages.gate_topk(
+        ids = _stages.gate_topk(
             *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
-        )
+        )[0]
     lse = q.new_empty(heads_q, tokens_q, dtype=torch.float32)
     if tokens_q == 0 or tokens_k == 0:
         return q.new_zeros(q.shape), lse.fill_(-torch.inf), ids
@@ -458,29 +482,33 @@ def forward(
     # merge writes a row of out after it has read that of the own block: one buffer serves both,
     # unless FlashAttention gave it the strides of q.
     out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
-    for heads in plan.head_ranges():
-        own_heads = slice(*(h * (heads_q // heads_k) for h in heads))
-        for queries in plan.query_ranges():
-            group = (*heads, *queries)
-            if plan.slots:
-                with record_function("moba::route"):
-                    routed = _route(ids, k, v, cu_seqlens_q, cu_seqlens_k, own, plan, group)
-                    rows = _stages.flash_gather(
-                        [q], None, routed.entries, routed.offsets, heads_k, *group
-                    )[0]
-                with record_function("moba::attend"):
-                    part_out, part_lse = _varlen_forward(
-                        rows, routed.k, routed.v, routed.sequences, scale, causal=False
-                    )
-                positions = routed.positions
-            else:
-                positions, part_lse = ids.new_empty(0), lse.new_empty(0)
-                part_out = q.new_empty(0, 1, head_dim)
-            with record_function("moba::merge"):
-                _stages.flash_merge(
-                    *(positions, part_out, part_lse, own_out[:, own_heads], own_lse[own_heads]),
-                    *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
+
+    def run_group(heads: tuple[int, int], queries: tuple[int, int]) -> None:
+        group = (*heads, *queries)
+        if plan.slots:
+            with record_function("moba::route"):
+                routed = _route(ids, k, v, cu_seqlens_q, cu_seqlens_k, own, plan, group)
+                rows = _stages.flash_gather(
+                    [q], None, routed.entries, routed.offsets, heads_k, *group
+                )[0]
+            with record_function("moba::attend"):
+                part_out, part_lse = _varlen_forward(
+                    rows, routed.k, routed.v, routed.sequences, scale, causal=False
                 )
+            positions = routed.positions
+        else:
+            positions, part_lse = ids.new_empty(0), lse.new_empty(0)
+            part_out = q.new_empty(0, 1, head_dim)
+        own_heads = slice(*(h * (heads_q // heads_k) for h in heads))
+        with record_function("moba::merge"):
+            _stages.flash_merge(
+                *(positions, part_out, part_lse, own_out[:, own_heads], own_lse[own_heads]),
+                *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
+            )
+
+    for heads in plan.head_ranges():
+        for queries in plan.query_ranges():
+            run_group(heads, queries)
     return out, lse, ids
 
 
@@ -512,55 +540,65 @@ def backward(
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
-    lse = lse.masked_fill(lse.isneginf(), torch.inf)
-    dlse = None if dlse is None else _lse_as_output(dlse, q)
+    no_keys = lse.isneginf()
+    lse = lse.masked_fill(no_keys, torch.inf)
+    dlse = None if dlse is None else _lse_grad(dlse, no_keys, q)
     with record_function("moba::route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
             plan.block_size,
         )
     batch = cu_seqlens_q, cu_seqlens_k, own.cu_blocks
-    for heads in plan.head_ranges():
+
+    def run_heads(heads: tuple[int, int]) -> None:
         of_k = slice(*heads)
         of_q = slice(*(h * (heads_q // heads_k) for h in heads))
+        own_dlse = None if dlse is None else dlse._replace(dout=dlse.dout[:, of_q])
         with record_function("moba::attend"):
-            own_dq, own_dk, own_dv = _varlen_backward(
-                *(dout[:, of_q], None if dlse is None else dlse[:, of_q], q[:, of_q]),
-                *(k[:, of_k], v[:, of_k], out[:, of_q], lse[of_q], own.sequences, scale, True),
+            own_dq, *own_dkv = _varlen_backward(
+                *(dout[:, of_q], own_dlse, q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q]),
+                *(lse[of_q], own.sequences, scale, True),
             )
         sums = [None, None]
         if len(ranges) > 1:
             shape = (tokens_k, heads[1] - heads[0], head_dim)
             sums = [k.new_empty(shape, dtype=torch.float32) for _ in range(2)]
         for queries in ranges:
-            group = (*heads, *queries)
-            if plan.slots:
-                with record_function("moba::route"):
-                    routed = _route(block_ids, k, v, *batch[:2], own, plan, group)
-                    rows = routed.entries, routed.offsets, heads_k, *group
-                    q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather(
-                        [q, dout, out], lse, *rows
-                    )
-                    dlse_rows = None
-                    if dlse is not None:
-                        dlse_rows = _stages.flash_gather([dlse], None, *rows)[0]
-                with record_function("moba::attend"):
-                    part_dq, part_dk, part_dv = _varlen_backward(
-                        *(dout_rows, dlse_rows, q_rows, routed.k, routed.v, out_rows),
-                        *(lse_rows[None], routed.sequences, scale, False),
-                    )
-                positions, segment_offsets = routed.positions, routed.segment_offsets
-            else:
-                lists = (heads[1] - heads[0]) * (tokens_k // plan.block_size + len(batch[1]) - 1)
-                positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
-                part_dq = part_dk = part_dv = q.new_empty(0, 1, head_dim)
-            with record_function("moba::merge"):
-                _stages.flash_merge_backward(
-                    positions, part_dq, own_dq, *batch, heads_k, *group, dq
+            run_group(heads, queries, own_dq, (*own_dkv, *batch), sums)
+
+    def run_group(heads, queries, own_dq, own_keys, sums) -> None:
+        group = (*heads, *queries)
+        if plan.slots:
+            with record_function("moba::route"):
+                routed = _route(block_ids, k, v, *batch[:2], own, plan, group)
+                rows = routed.entries, routed.offsets, heads_k, *group
+                q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather(
+                    [q, dout, out], lse, *rows
                 )
-                _stages.flash_reduce_keys(
-                    *(segment_offsets, part_dk, part_dv, own_dk, own_dv, *batch),
-                    *(plan.block_size, queries == ranges[0], queries == ranges[-1], *sums),
-                    *(dk[:, of_k], dv[:, of_k]),
+                part_dlse = None
+                if dlse is not None:
+                    part_dlse = dlse._replace(
+                        dout=_stages.flash_gather([dlse.dout], None, *rows)[0]
+                    )
+            with record_function("moba::attend"):
+                part_dq, *part_dkv = _varlen_backward(
+                    *(dout_rows, part_dlse, q_rows, routed.k, routed.v, out_rows),
+                    *(lse_rows[None], routed.sequences, scale, False),
                 )
+            positions, segment_offsets = routed.positions, routed.segment_offsets
+        else:
+            lists = (heads[1] - heads[0]) * (tokens_k // plan.block_size + len(cu_seqlens_k) - 1)
+            positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
+            part_dq = q.new_empty(0, 1, head_dim)
+            part_dkv = part_dq, part_dq
+        with record_function("moba::merge"):
+            _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
+            _stages.flash_reduce_keys(
+                *(segment_offsets, *part_dkv, *own_keys, plan.block_size),
+                *(queries == ranges[0], queries == ranges[-1], *sums),
+                *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
+            )
+
+    for heads in plan.head_ranges():
+        run_heads(heads)
     return dq, dk, dv

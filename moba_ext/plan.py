@@ -13,6 +13,7 @@ from .attention import _check_positive
 __all__ = ["Plan", "plan"]
 
 _STAGES = ("block_mean", "gate_topk", "route", "attend", "merge")
+_DENSE_STAGES = {"cpu": _STAGES[3:], "flash": (*_STAGES[:2], *_STAGES[3:])}
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def plan(
     return Plan(
         backend=name,
         reason=reason,
-        stages=("attend", "merge") if dense else _STAGES,
+        # flash selects blocks in any case: block_ids are an output of the op.
+        stages=tuple(x for x in _STAGES if not dense or x in _DENSE_STAGES[name]),
         attended_pairs=sum(
             _C.attended_pairs(q, k, block_size, topk) for q, k in zip(queries, keys)
         ),

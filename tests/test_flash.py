@@ -105,7 +105,7 @@ def test_plan(monkeypatch):
     # The own blocks' part of the backward is of a KV head's queries: it grows with the length.
     assert sparse.forward_bytes < 1.1 * flash.WORKSPACE_BYTES
     dense = moba_ext.plan(4096, block_size=512, topk=8, **sizes)
-    assert dense.stages == ("attend", "merge") and dense.groups == 1
+    assert dense.stages == ("block_mean", "gate_topk", "attend", "merge") and dense.groups == 1
 
 
 def test_groups_stay_in_the_workspace():
