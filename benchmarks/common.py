@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import moba_ext
-from moba_ext import flash, ops
+from moba_ext import ops, varlen
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -121,7 +121,7 @@ def kernels_sha256() -> str:
     """Of the names and contents of what decides the speed on CUDA."""
     kinds = (".cu", ".cuh", ".cpp", ".h")
     files = [file for file in (ROOT / "csrc/cuda").rglob("*") if file.suffix in kinds]
-    files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py"]
+    files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py", ROOT / "moba_ext/varlen.py"]
     total = hashlib.sha256()
     for file in sorted(files):
         content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -132,7 +132,7 @@ def kernels_sha256() -> str:
 def facts(command: str, commit_name: str | None) -> dict:
     """Where, by what and of what CUDA results are; commit_name where the tree has no .git."""
     flash_attention = "the FlashAttention 2 inside torch"
-    if flash._package() is not None:
+    if varlen.package() is not None:
         flash_attention = f"flash-attn {import_module('flash_attn').__version__}"
     return {
         "command": command,

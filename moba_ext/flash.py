@@ -13,25 +13,19 @@ Sources: arXiv 2502.13189, algorithm 1; arXiv 2307.08691 (FlashAttention-2).
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import inspect
-import re
-import warnings
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from . import varlen
+
 WORKSPACE_BYTES = 1 << 30
 """Bound on what a group holds beside inputs and outputs; assign to change it. A group is never
 less than one KV head and as many queries as fill the lists of its blocks, which exceeds the bound
 where the keys alone do."""
 
-_MAX_SEQUENCES = 65_535  # of a varlen call: FlashAttention has them in gridDim.y or z
 _ROW_TILE = 128  # rows of a FlashAttention tile; its backward pads every sequence by as many
 
 # The stages in C++ and CUDA.
@@ -58,14 +52,10 @@ class FlashPlan(NamedTuple):
     queries: int
 
     def head_ranges(self) -> list[tuple[int, int]]:
-        return _ranges(self.heads, self.heads_per_group)
+        return varlen.ranges(self.heads, self.heads_per_group)
 
     def query_ranges(self) -> list[tuple[int, int]]:
-        return _ranges(self.queries, self.queries_per_group)
-
-
-def _ranges(size: int, step: int) -> list[tuple[int, int]]:
-    return [(first, min(first + step, size)) for first in range(0, size, step)]
+        return varlen.ranges(self.queries, self.queries_per_group)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -101,7 +91,7 @@ def make_plan(
         return (
             sizes <= WORKSPACE_BYTES
             and entries < 2**31
-            and segments <= min(_MAX_SEQUENCES, (2**31 - 1) // block_size)
+            and segments <= min(varlen.MAX_SEQUENCES, (2**31 - 1) // block_size)
             and 2 * heads * tokens_k < 2**31
         )
 
@@ -181,221 +171,11 @@ def planned_sizes(
     }
 
 
-class _Sequences(NamedTuple):
-    """Offsets of the sequences of a varlen call, int32 ``[n + 1]``, and their host-side bounds."""
-
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-
-    def calls(self) -> Iterator[_Sequences]:
-        """As many calls as FlashAttention's limit on sequences asks for."""
-        for first, last in _ranges(self.cu_q.shape[0] - 1, _MAX_SEQUENCES):
-            yield self._replace(cu_q=self.cu_q[first : last + 1], cu_k=self.cu_k[first : last + 1])
-
-
-def unavailable() -> str | None:
-    """Why no FlashAttention can be called here; None if one can."""
-    if not torch.cuda.is_available():
-        return "no GPU is visible to torch"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "FlashAttention needs compute capability 8.0 (Ampere) or newer"
-    if _package() is None and not torch.backends.cuda.is_flash_attention_available():
-        return "neither the package flash-attn (2.6.3 or newer) nor one inside torch is there"
-    return None
-
-
-@functools.cache
-def _package():
-    """flash_attn's interface module, None if it is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    try:
-        import flash_attn
-        from flash_attn import flash_attn_interface
-    except ImportError as error:
-        problem = f"flash-attn is installed and can't be imported ({error})"
-    else:
-        if _version(flash_attn.__version__) >= (2, 6, 3):
-            return flash_attn_interface
-        problem = f"flash-attn {flash_attn.__version__} is older than 2.6.3"
-    warnings.warn(
-        f"{problem}: moba_ext calls the FlashAttention inside torch instead", stacklevel=2
-    )
-    return None
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in re.findall(r"\d+", text)[:3])
-
-
-def _window(function) -> dict:
-    """No sliding window, under the names that this version of flash_attn has."""
-    if "window_size" in inspect.signature(function).parameters:
-        return {"window_size": (-1, -1)}
-    return {"window_size_left": -1, "window_size_right": -1}
-
-
-def _forward_call(
-    q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    cu_q, cu_k, max_q, max_k = sequences
-    # With max_seqlen_q 1 and GQA, FlashAttention trades heads for rows and the lse changes shape.
-    max_q = max(max_q, 2)
-    flash_attn = _package()
-    if flash_attn is None:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale
-        )
-        return out, lse
-    forward = flash_attn._flash_attn_varlen_forward
-    # 8 values before 2.7 (out, q, k, v, out_padded, lse, ...), 4 since (out, lse, ...).
-    results = forward(
-        *(q, k, v, cu_q, cu_k, max_q, max_k),
-        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, **_window(forward)},
-    )
-    return results[0], results[5 if len(results) == 8 else 1]
-
-
-def _backward_call(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sequences: _Sequences,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cu_q, cu_k, max_q, max_k = sequences
-    flash_attn = _package()
-    if flash_attn is None:
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of dropout
-        with _deterministic():
-            return torch.ops.aten._flash_attention_backward(
-                *(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, unused, unused),
-                scale=scale,
-            )
-    backward = flash_attn._flash_attn_varlen_backward
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    backward(
-        *(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k),
-        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, **_window(backward)},
-        **{"softcap": 0.0, "alibi_slopes": None, "deterministic": True},
-    )
-    return grads
-
-
-@contextlib.contextmanager
-def _deterministic():
-    """torch's own FlashAttention takes its deterministic backward from the global switch.
-
-    Set by its debug mode, as use_deterministic_algorithms would change the inductor's settings too,
-    and without the switch's other effect, which would fill every new buffer.
-    """
-    mode = torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = fill and mode > 0
-    torch.set_deterministic_debug_mode(2)
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def _keep(old: Tensor, new: Tensor, cu: Tensor, dim: int) -> Tensor:
-    """``new`` in the tokens of the sequences that ``cu`` bounds, ``old`` elsewhere."""
-    index = torch.arange(old.shape[dim], device=old.device)
-    mine = (index >= cu[0]) & (index < cu[-1])
-    return torch.where(mine.view([-1 if d == dim else 1 for d in range(old.dim())]), new, old)
-
-
-def _varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """q ``[Tq, Hq, D]``, k, v ``[Tk, Hk, D]`` -> out ``[Tq, Hq, D]``, lse ``[Hq, Tq]``."""
-    first, *others = sequences.calls()
-    out, lse = _forward_call(q, k, v, first, scale, causal)
-    for call in others:
-        part_out, part_lse = _forward_call(q, k, v, call, scale, causal)
-        out, lse = _keep(out, part_out, call.cu_q, 0), _keep(lse, part_lse, call.cu_q, 1)
-    return out, lse
-
-
-def _varlen_backward(
-    dout: Tensor,
-    dlse: _LseGrad | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sequences: _Sequences,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v."""
-
-    def run(dout, v, out):
-        first, *others = sequences.calls()
-        grads = _backward_call(dout, q, k, v, out, lse, first, scale, causal)
-        for call in others:
-            parts = _backward_call(dout, q, k, v, out, lse, call, scale, causal)
-            bounds = (call.cu_q, call.cu_k, call.cu_k)
-            grads = tuple(_keep(x, y, cu, 0) for x, y, cu in zip(grads, parts, bounds))
-        return grads
-
-    dq, dk, dv = run(dout, v, out)
-    if dlse is not None:
-        ones = torch.zeros_like(v)
-        ones[..., :2] = 1
-        more_dq, more_dk, _ = run(dlse.dout, ones, torch.zeros_like(out))
-        dq, dk = (
-            (x.float() + more.float() * dlse.factor).to(x.dtype)
-            for x, more in ((dq, more_dq), (dk, more_dk))
-        )
-    return dq, dk, dv
-
-
-class _LseGrad(NamedTuple):
-    """dlse as a dout ``[rows, heads, D]`` and the factor of the gradients that it gives.
-
-    dS = P * (dP - delta + dlse), and FlashAttention has no place for dlse. But with a v whose first
-    two columns are 1, an out of 0 and this dout, dP is dlse and delta is 0. Two columns, because
-    one 16-bit number would round dlse; the factor, so that they are no larger than 1 and float16
-    can hold them.
-    """
-
-    dout: Tensor
-    factor: Tensor
-
-
-def _lse_grad(dlse: Tensor, no_keys: Tensor, like: Tensor) -> _LseGrad:
-    """dlse and no_keys ``[Hq, Tq]``; what dlse says of rows without keys does not count."""
-    dlse = dlse.masked_fill(no_keys, 0.0)
-    factor = dlse.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    dout = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    share = (dlse / factor).T
-    dout[..., 0] = share
-    dout[..., 1] = share - dout[..., 0].float()
-    return _LseGrad(dout, factor)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy: FlashAttention loads 16 bytes at a time from every row."""
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 class _Own(NamedTuple):
     """The own blocks of all queries."""
 
     cu_blocks: Tensor
-    sequences: _Sequences
+    sequences: varlen.Sequences
 
 
 def _own_blocks(
@@ -407,7 +187,7 @@ def _own_blocks(
         cu_q, cu_k, tokens_q, tokens_k, max_q, max_k, block
     )
     bounds = min(block, max(max_q, 1)), min(block, max(max_k, 1))
-    return _Own(cu_blocks, _Sequences(own_cu_q, own_cu_k, *bounds))
+    return _Own(cu_blocks, varlen.Sequences(own_cu_q, own_cu_k, *bounds))
 
 
 class _Routed(NamedTuple):
@@ -417,7 +197,7 @@ class _Routed(NamedTuple):
     positions: Tensor
     offsets: Tensor
     segment_offsets: Tensor
-    sequences: _Sequences
+    sequences: varlen.Sequences
     k: Tensor
     v: Tensor
 
@@ -433,7 +213,7 @@ def _route(ids, k, v, cu_q, cu_k, own: _Own, plan: FlashPlan, group) -> _Routed:
     k, v = _stages.flash_gather_keys(
         k, v, cu_k, own.cu_blocks, segment_lists, cu_keys, plan.block_size, *group[:2]
     )
-    sequences = _Sequences(cu_rows, cu_keys, plan.segment_rows, plan.block_size)
+    sequences = varlen.Sequences(cu_rows, cu_keys, plan.segment_rows, plan.block_size)
     return _Routed(entries, positions, offsets, segment_offsets, sequences, k, v)
 
 
@@ -461,7 +241,7 @@ def forward(
     tokens_q, heads_q, head_dim = q.shape
     tokens_k, heads_k, _ = k.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    q, k, v = (_aligned(x) for x in (q, k, v))
+    q, k, v = (varlen.aligned(x) for x in (q, k, v))
     with record_function("moba::block_mean"):
         kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
     with record_function("moba::gate_topk"):
@@ -478,7 +258,7 @@ def forward(
             plan.block_size,
         )
     with record_function("moba::attend"):
-        own_out, own_lse = _varlen_forward(q, k, v, own.sequences, scale, causal=True)
+        own_out, own_lse = varlen.forward(q, k, v, own.sequences, scale, causal=True)
     # merge writes a row of out after it has read that of the own block: one buffer serves both,
     # unless FlashAttention gave it the strides of q.
     out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
@@ -492,7 +272,7 @@ def forward(
                     [q], None, routed.entries, routed.offsets, heads_k, *group
                 )[0]
             with record_function("moba::attend"):
-                part_out, part_lse = _varlen_forward(
+                part_out, part_lse = varlen.forward(
                     rows, routed.k, routed.v, routed.sequences, scale, causal=False
                 )
             positions = routed.positions
@@ -535,14 +315,14 @@ def backward(
     if tokens_q == 0 or tokens_k == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    q, k, v, out, dout = (_aligned(x) for x in (q, k, v, out, dout))
+    q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
     plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
     no_keys = lse.isneginf()
     lse = lse.masked_fill(no_keys, torch.inf)
-    dlse = None if dlse is None else _lse_grad(dlse, no_keys, q)
+    dlse = None if dlse is None else varlen.lse_grad(dlse, no_keys, q)
     with record_function("moba::route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
@@ -555,7 +335,7 @@ def backward(
         of_q = slice(*(h * (heads_q // heads_k) for h in heads))
         own_dlse = None if dlse is None else dlse._replace(dout=dlse.dout[:, of_q])
         with record_function("moba::attend"):
-            own_dq, *own_dkv = _varlen_backward(
+            own_dq, *own_dkv = varlen.backward(
                 *(dout[:, of_q], own_dlse, q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q]),
                 *(lse[of_q], own.sequences, scale, True),
             )
@@ -581,7 +361,7 @@ def backward(
                         dout=_stages.flash_gather([dlse.dout], None, *rows)[0]
                     )
             with record_function("moba::attend"):
-                part_dq, *part_dkv = _varlen_backward(
+                part_dq, *part_dkv = varlen.backward(
                     *(dout_rows, part_dlse, q_rows, routed.k, routed.v, out_rows),
                     *(lse_rows[None], routed.sequences, scale, False),
                 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import flash, reference
+from . import flash, reference, varlen
 
 _LIB = Path(__file__).parent / "lib"
 _BUILD_CUDA = (
@@ -41,7 +41,7 @@ def backend_status() -> dict[str, str | None]:
     return {
         "reference": None,
         "cpu": None,
-        "flash": _CUDA_MISSING or flash.unavailable(),
+        "flash": _CUDA_MISSING or varlen.unavailable(),
         "sm90": "not in this version",
     }
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_ext import flash, ops
+from moba_ext import ops, varlen
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -34,7 +34,7 @@ def flash_attention(request, monkeypatch) -> str:
     dtypes, or by indirect parametrization the one of the package flash-attn."""
     name = getattr(request, "param", "aten")
     if name == "aten":
-        monkeypatch.setattr(flash, "_package", lambda: None)
-    elif flash._package() is None:
+        monkeypatch.setattr(varlen, "package", lambda: None)
+    elif varlen.package() is None:
         pytest.skip("the package flash-attn is not installed")
     return name

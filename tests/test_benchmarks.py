@@ -77,7 +77,8 @@ def tree(tmp_path, monkeypatch):
     """A checkout with kernels and a README, without results."""
     for name in ("csrc/cuda/deep", "benchmarks/results", "moba_ext"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/flash.py"):
+    kernels = ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h")
+    for name in (*kernels, "moba_ext/flash.py", "moba_ext/varlen.py"):
         (tmp_path / name).write_text(name)
     marks = "<!-- benchmarks/attention.py begin -->\n\n<!-- benchmarks/attention.py end -->"
     (tmp_path / "README.md").write_text(f"before\n{marks}\nafter\n")
@@ -156,7 +157,7 @@ def test_check_tells_results_of_other_kernels(tree, capsys):
     assert attention.check() == 0 and "made by these kernels" in capsys.readouterr().out
     (tree / "csrc/cuda/README.md").write_text("no kernel")
     assert attention.check() == 0
-    for name in ("csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/flash.py"):
+    for name in ("csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/varlen.py"):
         before = (tree / name).read_text()
         (tree / name).write_text(before + " ")
         assert attention.check() == 1 and "made by OTHER kernels" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from numerics import (
 )
 
 import moba_ext
-from moba_ext import flash, ops
+from moba_ext import flash, ops, varlen
 
 CASES = [
     self_attention(300, 4, 4, 16, 16, 4),
@@ -32,8 +32,8 @@ CASES = [
 @pytest.fixture(autouse=True)
 def stages(monkeypatch):
     monkeypatch.setattr(flash, "_stages", flash_in_pytorch)
-    monkeypatch.setattr(flash, "_forward_call", flash_in_pytorch.forward_call)
-    monkeypatch.setattr(flash, "_backward_call", flash_in_pytorch.backward_call)
+    monkeypatch.setattr(varlen, "forward_call", flash_in_pytorch.forward_call)
+    monkeypatch.setattr(varlen, "backward_call", flash_in_pytorch.backward_call)
     for name in ("block_mean", "gate_topk"):
         stage = getattr(torch.ops.moba, name)
         monkeypatch.setattr(flash_in_pytorch, name, stage, raising=False)
@@ -91,13 +91,13 @@ def test_groups_of_heads_and_queries(case, workspace, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_more_sequences_than_a_call_takes(case, monkeypatch):
-    monkeypatch.setattr(flash, "_MAX_SEQUENCES", 5)
+    monkeypatch.setattr(varlen, "MAX_SEQUENCES", 5)
     check(case, True)
 
 
 def test_plan(monkeypatch):
     monkeypatch.setattr(ops, "_CUDA_MISSING", None)
-    monkeypatch.setattr(flash, "unavailable", lambda: None)
+    monkeypatch.setattr(varlen, "unavailable", lambda: None)
     sizes = {"heads_q": 32, "heads_k": 8, "head_dim": 128, "device": "cuda", "backend": "flash"}
     sparse = moba_ext.plan(131_072, block_size=128, topk=8, **sizes)
     assert sparse.backend == "flash" and "route" in sparse.stages
@@ -138,7 +138,7 @@ def test_groups_stay_in_the_workspace():
 )
 def test_what_it_does_not_take(arguments, error, message, monkeypatch):
     monkeypatch.setattr(ops, "_CUDA_MISSING", None)
-    monkeypatch.setattr(flash, "unavailable", lambda: None)
+    monkeypatch.setattr(varlen, "unavailable", lambda: None)
     with pytest.raises(error, match=message):
         ops.resolve_backend("flash", *arguments)
     assert ops.resolve_backend("flash", "cuda", torch.float16, 64)[0] == "flash"
@@ -147,7 +147,7 @@ def test_what_it_does_not_take(arguments, error, message, monkeypatch):
 def test_without_a_gpu_it_says_why():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert flash.unavailable() == "no GPU is visible to torch"
+    assert varlen.unavailable() == "no GPU is visible to torch"
     with pytest.raises(ValueError, match="backend is 'flash', which is not available: "):
         moba_ext.moba_attention(
             *[torch.zeros(1, 8, 1, 8)] * 3, block_size=4, topk=2, backend="flash"
@@ -182,12 +182,12 @@ def test_both_interfaces_of_flash_attn(results, monkeypatch):
         _flash_attn_varlen_forward = forward_2_6 if results == 8 else forward_2_7
         _flash_attn_varlen_backward = backward_2_6 if results == 8 else backward_2_7
 
-    monkeypatch.setattr(flash, "_package", lambda: Package)
+    monkeypatch.setattr(varlen, "package", lambda: Package)
     q = torch.randn(5, 2, 8)
     cu = torch.tensor([0, 5], dtype=torch.int32)
-    sequences = flash._Sequences(cu, cu, 5, 5)
-    assert flash._forward_call(q, q, q, sequences, 0.3, True) == (q, lse)
-    grads = flash._backward_call(q, q, q, q, q, lse, sequences, 0.3, True)
+    sequences = varlen.Sequences(cu, cu, 5, 5)
+    assert varlen.forward_call(q, q, q, sequences, 0.3, True) == (q, lse)
+    grads = varlen.backward_call(q, q, q, q, q, lse, sequences, 0.3, True)
     assert calls == [(13, True, True, (-1, -1))] and all(x.shape == q.shape for x in grads)
 
 
@@ -197,7 +197,7 @@ def test_the_deterministic_switch_is_put_back(mode):
     settings = torch.utils.deterministic.fill_uninitialized_memory
     try:
         torch.set_deterministic_debug_mode(mode)
-        with flash._deterministic():
+        with varlen.deterministic():
             assert torch.get_deterministic_debug_mode() == 2
             assert torch.utils.deterministic.fill_uninitialized_memory == (settings and mode > 0)
         assert torch.get_deterministic_debug_mode() == mode

@@ -24,7 +24,7 @@ from flash_checks import (
 from flash_stages import INVALID, head_major, misaligned
 from numerics import Case, assert_within_budget, self_attention
 
-from moba_ext import flash
+from moba_ext import flash, varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
@@ -337,8 +337,8 @@ def test_both_flash_attentions_agree(flash_attention, head_dim, topk, monkeypatc
     case = Case([700, 0, 65, 1, 40], [700, 30, 65, 1, 300], 8, 2, head_dim, 64, topk)
     inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
     of_package = check(case, inputs, douts)
-    assert flash._package() is not None
-    monkeypatch.setattr(flash, "_package", lambda: None)
+    assert varlen.package() is not None
+    monkeypatch.setattr(varlen, "package", lambda: None)
     of_torch = check(case, inputs, douts)
     assert torch.equal(of_package.ids, of_torch.ids)
 
