@@ -222,7 +222,9 @@ class LseGrad(NamedTuple):
 def lse_grad(dlse: Tensor, no_keys: Tensor, like: Tensor) -> LseGrad:
     """dlse and no_keys ``[Hq, Tq]``; what dlse says of rows without keys does not count."""
     dlse = dlse.masked_fill(no_keys, 0.0)
-    factor = dlse.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    # Of the finite ones: another sequence's NaN must not reach this one's gradients.
+    largest = dlse.nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    factor = largest.clamp(min=torch.finfo(torch.float32).tiny)
     dout = torch.zeros_like(like, memory_format=torch.contiguous_format)
     share = (dlse / factor).T
     dout[..., 0] = share

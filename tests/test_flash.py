@@ -191,6 +191,16 @@ def test_both_interfaces_of_flash_attn(results, monkeypatch):
     assert calls == [(13, True, True, (-1, -1))] and all(x.shape == q.shape for x in grads)
 
 
+def test_dlse_of_rows_that_do_not_count():
+    """NaN stays in its row, a row without keys counts for nothing, sizes beyond float16 survive."""
+    dlse = torch.tensor([[torch.nan, 3e5, 1e-7, torch.inf]])
+    no_keys = torch.tensor([[False, False, False, True]])
+    grad = varlen.lse_grad(dlse, no_keys, torch.zeros(4, 1, 8, dtype=torch.float16))
+    given = grad.dout.float().sum(-1)[:, 0] * grad.factor
+    assert given[0].isnan() and given[3] == 0
+    assert abs(given[1] / 3e5 - 1) < 1e-6 and abs(given[2]) < 1e-2
+
+
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_the_deterministic_switch_is_put_back(mode):
     before = torch.get_deterministic_debug_mode()
