@@ -11,8 +11,8 @@ only, bytes are those that must be read and written once.
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
