@@ -17,7 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import moba_ext  # noqa: F401  (loads the ops)
 from common import HEAD_DIM, ROWS, Row, medians, require_gpu, row_names, span
 
 ITEM = 2

@@ -45,7 +45,7 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   MOBA_CHECK(k.stride(2) == 1, "k must be contiguous in its last dimension, got stride ",
              k.stride(2));
   MOBA_CHECK(k.size(0) <= INT32_MAX, "k must have less than 2^31 tokens, got ", k.size(0));
-  check_offsets(cu_seqlens_k, "cu_seqlens_k", k);
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", k, "k");
   MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
 
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor> gate_topk(const Tensor& q, const Tensor& kbar,
              kbar.size(1));
   MOBA_CHECK(q.size(0) <= INT32_MAX && tokens_k >= 0 && tokens_k <= INT32_MAX,
              "q and k must have less than 2^31 tokens, got ", q.size(0), " and ", tokens_k);
-  check_offsets(cu_seqlens_q, "cu_seqlens_q", q);
-  check_offsets(cu_seqlens_k, "cu_seqlens_k", q);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", q, "q");
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", q, "q");
   MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
              "cu_seqlens_q and cu_seqlens_k must have the same length, got ", cu_seqlens_q.numel(),
              " and ", cu_seqlens_k.numel());
@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   MOBA_CHECK(block_ids.dim() == 3 && block_ids.scalar_type() == ScalarType::Int &&
                  block_ids.is_contiguous(),
              "block_ids must be contiguous int32 [Tq, Hq, K]");
-  check_offsets(cu_seqlens_q, "cu_seqlens_q", block_ids);
-  check_offsets(cu_seqlens_k, "cu_seqlens_k", block_ids);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", block_ids, "block_ids");
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", block_ids, "block_ids");
   MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
              "cu_seqlens_q and cu_seqlens_k must have the same length");
   MOBA_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);

@@ -41,7 +41,7 @@ int64_t check_head_dim(int64_t head_dim) {
 // Fills in where the sequences are.
 void set_sequences(Problem& problem, const Tensor& cu_blocks, const Tensor& cu_seqlens_q,
                    const std::optional<Tensor>& cu_seqlens_k) {
-  check_offsets(cu_seqlens_q, "cu_seqlens", cu_blocks);
+  check_offsets(cu_seqlens_q, "cu_seqlens", cu_blocks, "cu_blocks");
   problem.batch = cu_seqlens_q.numel() - 1;
   check_vector(cu_blocks, "cu_blocks", ScalarType::Long, problem.batch + 1, cu_seqlens_q);
   problem.cu_blocks = data_of<int64_t>(cu_blocks);
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> flash_metadata(Tensor cu_seqlens_q, Tensor cu
                                                   int64_t tokens_q, int64_t tokens_k,
                                                   int64_t max_seqlen_q, int64_t max_seqlen_k,
                                                   int64_t block_size) {
-  check_offsets(cu_seqlens_q, "cu_seqlens_q", cu_seqlens_k);
-  check_offsets(cu_seqlens_k, "cu_seqlens_k", cu_seqlens_q);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", cu_seqlens_k, "cu_seqlens_k");
+  check_offsets(cu_seqlens_k, "cu_seqlens_k", cu_seqlens_q, "cu_seqlens_q");
   MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
              "cu_seqlens_q and cu_seqlens_k must have the same length");
   const DeviceGuard guard(cu_seqlens_q.get_device_index());
@@ -251,7 +251,7 @@ MergeParams merge_params(const Tensor& positions, const Tensor& part, const Tens
   check_vector(positions, "positions", ScalarType::Int, -1, out);
   check_packed(part, "part", out.scalar_type(), positions.numel(), problem.head_dim, out);
   check_shape(own, "own", out, problem.tokens_q, group.heads() * problem.group(), problem.head_dim);
-  check_offsets(cu_seqlens_q, "cu_seqlens_q", out);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", out, "out");
   set_sequences(problem, cu_blocks, cu_seqlens_q, cu_seqlens_k);
   params.group = group;
   params.positions = data_of<int32_t>(positions);
@@ -309,7 +309,7 @@ void flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack,
   const int64_t heads = dk.size(1);
   problem.heads_q = problem.heads_k = heads;
   problem.head_dim = check_head_dim(dk.size(2));
-  check_offsets(cu_seqlens_q, "cu_seqlens_q", dk);
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", dk, "dk");
   set_sequences(problem, cu_blocks, cu_seqlens_q, cu_seqlens_k);
   set_blocks(problem, dk.size(0), block_size);
   MOBA_CHECK(2 * heads * problem.tokens_k <= INT32_MAX, "dk and dv have 2^31 rows or more");

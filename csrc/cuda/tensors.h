@@ -59,9 +59,13 @@ inline void check_vector(const Tensor& tensor, const char* name, ScalarType dtyp
 }
 
 // int32 [batch + 1]; its values stay on the device.
-inline void check_offsets(const Tensor& cu_seqlens, const char* name, const Tensor& like) {
-  check_vector(cu_seqlens, name, ScalarType::Int, -1, like);
-  MOBA_CHECK(cu_seqlens.numel() >= 1, name, " must have batch + 1 elements");
+inline void check_offsets(const Tensor& cu_seqlens, const char* name, const Tensor& like,
+                          const char* like_name) {
+  MOBA_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
+                 cu_seqlens.numel() >= 1 && cu_seqlens.is_contiguous(),
+             name, " must be contiguous int32 [batch + 1]");
+  MOBA_CHECK(cu_seqlens.is_cuda() && cu_seqlens.get_device_index() == like.get_device_index(), name,
+             " must be on the CUDA device of ", like_name);
 }
 
 // [tokens, heads, D] of the dtype and device of `like`, any strides but the last.
