@@ -39,9 +39,8 @@ template <int kSlots>
 class List {
  public:
   static constexpr int kThreadBlocks = kSlots <= 8 ? 3 : 2;  // per SM, for the register budget
-  static constexpr int kGroups = kSlots <= 8 ? kSlots / 4 : 0;
+  static constexpr int kGroups = kSlots <= 8 ? (kSlots + 3) / 4 : 0;
   static constexpr int kRowBytes = 0;
-  static_assert(kSlots >= 4 && (kSlots & (kSlots - 1)) == 0, "sort() wants a power of two");
 
   __device__ List(int slots, int64_t*, const RowOutput&) {
 #pragma unroll
@@ -78,18 +77,18 @@ class List {
   }
 
  private:
-  // Bitonic, by id; -1 comes last.
+  // Odd-even merge sort by id; -1 comes last.
   __device__ void sort() {
 #pragma unroll
-    for (int size = 2; size <= kSlots; size *= 2) {
+    for (int size = 1; size < kSlots; size *= 2) {
 #pragma unroll
-      for (int step = size / 2; step > 0; step /= 2) {
+      for (int step = size; step > 0; step /= 2) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) {
-          if ((i & step) == 0) {
-            const int j = i | step;
-            const bool greater = static_cast<uint32_t>(id_[i]) > static_cast<uint32_t>(id_[j]);
-            const bool swap = greater == ((i & size) == 0);
+          if (i + step < kSlots && i >= step % size && (i - step % size) / step % 2 == 0 &&
+              i / (2 * size) == (i + step) / (2 * size)) {
+            const int j = i + step;
+            const bool swap = static_cast<uint32_t>(id_[i]) > static_cast<uint32_t>(id_[j]);
             const int32_t id = id_[i], key = key_[i];
             id_[i] = swap ? id_[j] : id;
             id_[j] = swap ? id : id_[j];

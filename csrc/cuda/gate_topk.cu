@@ -9,11 +9,11 @@
 // again; the copy of the next tile runs behind the work on this one. Sequences that meet in a row
 // tile are walked one after the other.
 //
-// A warp scores 32 columns, compares them in registers with each row's K-th best so far, writes the
-// survivors to their places in a [rows, 64] buffer in shared memory and marks them in one bit mask
-// per row. Lane r then goes through the mask of row r, newest block first, and inserts. No position
-// comes from an atomic, and every row sees its blocks in one order: results don't depend on
-// scheduling or on the row's place in a tile.
+// A warp scores 32 columns, compares them in registers with each row's K-th best so far, writes
+// them to their places in a [rows, 64] buffer in shared memory and marks the survivors in one bit
+// mask per row. Lane r then goes through the mask of row r, newest block first, and inserts. No
+// position comes from an atomic, and every row sees its blocks in one order: results don't depend
+// on scheduling or on the row's place in a tile.
 
 #include "cuda/gate_scores.cuh"
 #include "cuda/gate_select.cuh"
@@ -26,8 +26,8 @@ constexpr int kWarps = kGateThreads / 32;
 constexpr unsigned kAllLanes = ~0u;
 constexpr int kMaxListSlots = 32;
 static_assert(kTileBlocks == 64 && kChunkBlocks == 32, "a row's survivors are bits of two words");
-// Columns of the buffer, one more than needed: 8 rows x 4 columns 8 apart meet all banks.
-constexpr int kPitch = kTileBlocks + 1;
+// Columns of the buffer, 2 more than needed: 4 rows x 4 pairs of columns, 8 apart, meet all banks.
+constexpr int kPitch = kTileBlocks + 2;
 
 // A row as the whole thread block sees it.
 struct Row {
@@ -42,9 +42,10 @@ template <typename S, typename Best>
 struct Shared {
   static constexpr int kWarpRows = S::kRowGroups * 8;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kScores = 2 * S::kStageBytes;           // float [row][kPitch]
-  static constexpr int kMasks = kScores + kRows * kPitch * 4;  // byte [warp][chunk][row][t]
-  static constexpr int kRowTable = kMasks + kRows * kTileBlocks / 8;
+  static constexpr int kMasks = 2 * S::kStageBytes;  // byte [warp][chunk][row][t]
+  // float [row][kPitch]; drain may read the element before
+  static constexpr int kScores = kMasks + kRows * kTileBlocks / 8;
+  static constexpr int kRowTable = kScores + kRows * kPitch * 4;
   static constexpr int kHeap = kRowTable + kRows * static_cast<int>(sizeof(Row));
 
   static int64_t bytes(int64_t slots) { return kHeap + slots * kRows * Best::kRowBytes; }
@@ -223,15 +224,18 @@ class Selector {
     uint8_t* const masks = masks_ + (chunk * kWarpRows + g) * 4 + t;
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) {
-      uint32_t mask = 0;
+      // The sign of s - threshold, as a bit: a comparison would take two instructions of the unit
+      // that has most to do here. NaN, from NaN or equal infinities, comes out positive.
+      uint32_t below = 0;
 #pragma unroll
-      for (int b = 0; b < kLaneBlocks; ++b) {
-        if (!(s[i][b] < threshold[i])) {
-          buffer[i * 8 * kPitch + b] = s[i][b];
-          mask |= 1u << b;
-        }
+      for (int b = kLaneBlocks - 1; b >= 0; --b) {
+        below = __funnelshift_l(__float_as_uint(s[i][b] - threshold[i]), below, 1);
       }
-      masks[i * 32] = static_cast<uint8_t>(mask);
+      masks[i * 32] = static_cast<uint8_t>(~below);
+#pragma unroll
+      for (int b = 0; b < kLaneBlocks; b += 2) {
+        *reinterpret_cast<float2*>(buffer + i * 8 * kPitch + b) = make_float2(s[i][b], s[i][b + 1]);
+      }
     }
   }
 
@@ -239,17 +243,21 @@ class Selector {
   // before it; volatile, or the compiler moves it behind.
   __device__ void drain(uint32_t high, uint32_t low, int first) {
     const volatile float* const row = buffer_ + lane() % kWarpRows * kPitch;
-    // The newest marked column; column 63 where none is.
-    const auto newest = [&] {
-      return (high != 0 ? 63 - __clz(static_cast<int>(high)) : 31 - __clz(static_cast<int>(low))) &
-             (kTileBlocks - 1);
-    };
-    int column = newest();
+    uint32_t mask = high != 0 ? high : low;
+    if (high == 0) low = 0;
+    int base = high != 0 ? kChunkBlocks : 0;
+    int column =
+        base + 31 - __clz(static_cast<int>(mask));  // the newest; base - 1 if there is none
     float score = row[column];
-    while ((high | low) != 0) {
+    while (mask != 0) {
       const int32_t key = key_of(score), id = first + column;
-      (high != 0 ? high : low) ^= 1u << column % kChunkBlocks;
-      column = newest();
+      mask ^= 1u << (column - base);
+      if (mask == 0) {
+        mask = low;
+        low = 0;
+        base = 0;
+      }
+      column = base + 31 - __clz(static_cast<int>(mask));
       score = row[column];
       best_.insert(key, id);
     }
@@ -371,10 +379,10 @@ template <typename T, int kDim>
 cudaError_t launch_selection(const GateTopkParams& params, cudaStream_t stream) {
   const int64_t slots = params.problem.slots;
   if (slots > kMaxListSlots) return launch_heap<T, kDim>(params, stream);
-  if (slots > 16) return launch<T, kDim, List<32>>(params, stream);
-  if (slots > 8) return launch<T, kDim, List<16>>(params, stream);
-  if (slots > 4) return launch<T, kDim, List<8>>(params, stream);
-  return launch<T, kDim, List<4>>(params, stream);
+  if (slots > 15) return launch<T, kDim, List<32>>(params, stream);
+  if (slots > 7) return launch<T, kDim, List<15>>(params, stream);
+  if (slots > 3) return launch<T, kDim, List<7>>(params, stream);
+  return launch<T, kDim, List<3>>(params, stream);
 }
 
 template <typename T>
