@@ -46,8 +46,8 @@ def flash_route(ids, cu_q, cu_blocks, tokens_k, heads_k, block_size, segment_row
     first = cu_blocks[torch.searchsorted(cu_q[1:].long(), query, right=True)]
     mine = ids[query_begin:query_end].long().unflatten(1, (heads_k, group))[:, head_begin:head_end]
     mine = mine.transpose(0, 1)
-    bucket = torch.arange(heads)[:, None, None, None] * num_blocks + first[None, :, None, None]
-    bucket = torch.where(mine >= 0, bucket + mine, lists).reshape(-1)
+    bucket = (first[None, :, None, None] + mine) * heads + torch.arange(heads)[:, None, None, None]
+    bucket = torch.where(mine >= 0, bucket, lists).reshape(-1)
     bucket, entries = bucket.sort(stable=True)
     offsets = torch.searchsorted(bucket, torch.arange(lists + 1))
     total = int(offsets[-1])
@@ -87,7 +87,6 @@ def flash_gather(sources, lse, entries, offsets, heads_k, *bounds):
 def flash_gather_keys(
     k, v, cu_k, cu_blocks, segment_lists, cu_keys, block_size, head_begin, head_end
 ):
-    num_blocks = k.shape[0] // block_size + len(cu_k) - 1
     packs = [
         torch.full((len(segment_lists), block_size, k.shape[2]), torch.nan, dtype=k.dtype)
         for _ in range(2)
@@ -95,7 +94,7 @@ def flash_gather_keys(
     for i, place in enumerate(segment_lists.tolist()):
         if place < 0:
             continue
-        head, row = divmod(place, num_blocks)
+        row, head = divmod(place, head_end - head_begin)
         sequence = int(torch.searchsorted(cu_blocks[1:], row, right=True))
         begin = int(cu_k[sequence]) + (row - int(cu_blocks[sequence])) * block_size
         for pack, x in zip(packs, (k, v)):
@@ -142,8 +141,7 @@ def flash_merge_backward(positions, part_dq, own_dq, cu_q, cu_k, _, heads_k, *re
 
 def flash_reduce_keys(segment_offsets, dk_pack, dv_pack, own_dk, own_dv, cu_q, cu_k, cu_blocks,
                       block_size, first, last, sum_dk, sum_dv, dk, dv):  # fmt: skip
-    tokens, heads, head_dim = dk.shape
-    num_blocks = tokens // block_size + len(cu_k) - 1
+    _, heads, head_dim = dk.shape
     for pack, own, carried, out in (
         (dk_pack, own_dk, sum_dk, dk),
         (dv_pack, own_dv, sum_dv, dv),
@@ -157,7 +155,7 @@ def flash_reduce_keys(segment_offsets, dk_pack, dv_pack, own_dk, own_dv, cu_q, c
                 if first and keys.stop <= owned:
                     total[keys] = 0
                 for head in range(heads):
-                    row = head * num_blocks + int(cu_blocks[b]) + j
+                    row = (int(cu_blocks[b]) + j) * heads + head
                     for segment in range(*segment_offsets[row : row + 2].tolist()):
                         total[keys, head] += pack[segment, : keys.stop - keys.start]
         if carried is not None:
@@ -200,8 +198,11 @@ def forward_call(q, k, v, sequences, scale, causal):
     return out, lse
 
 
-def backward_call(dout, q, k, v, out, lse, sequences, scale, causal):
+def backward_call(dout, q, k, v, out, lse, sequences, scale, causal, dq=None):
     grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (q, k, v)]
+    if dq is not None:  # may be the memory of out
+        out = out.clone()
+        grads[0] = dq.fill_(torch.nan)
     begin, end = sequences.cu_k[0], sequences.cu_k[-1]
     for grad in grads[1:]:
         grad[begin:end] = 0

@@ -91,7 +91,7 @@ class Call(NamedTuple):
         head = head[group.head_begin : group.head_end]
         lists = head.shape[0] * self.num_blocks
         chosen = (ids >= 0) & (ids < blocks)
-        bucket = torch.where(chosen, head * self.num_blocks + first + ids, lists).reshape(-1)
+        bucket = torch.where(chosen, (first + ids) * head.shape[0] + head, lists).reshape(-1)
         bucket, entries = bucket.sort(stable=True)
         offsets = torch.searchsorted(bucket, torch.arange(lists + 1))
         entries = entries[: int(offsets[-1])]

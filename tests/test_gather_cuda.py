@@ -58,7 +58,8 @@ def assert_keys(call: Call, group: Group, sources: list, layout, segment_rows: i
     )
     size = call.case.block_size
     used = segment_lists[: int(segment_offsets[-1])].cpu().long()
-    head, block = group.head_begin + used // call.num_blocks, used % call.num_blocks
+    heads = group.head_end - group.head_begin
+    head, block = group.head_begin + used % heads, used // heads
     first = cu_blocks.cpu()
     sequence = torch.searchsorted(first, block, right=True) - 1
     begin = call.cu_seqlens[1].long()[sequence] + (block - first[sequence]) * size

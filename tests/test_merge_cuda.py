@@ -199,9 +199,7 @@ def key_parts(call: Call, group: Group, dtype: torch.dtype, segment_rows: int):
         parts = pack[: used * size].view(used, size, head_dim).double()
         total.index_add_(0, segment_lists[:used].cpu().long(), parts)
         packs.append(pack.to(DEVICE))
-        sums.append(
-            total.view(heads, call.num_blocks, size, head_dim)[:, block, within].transpose(0, 1)
-        )
+        sums.append(total.view(call.num_blocks, heads, size, head_dim)[block, :, within])
     return segment_offsets, packs, sums
 
 

@@ -18,7 +18,7 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSegmentChunk = 8;
+constexpr int kSegmentChunk = 2;
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kMaxHeadDim <= kThreads, "scalar loads need a thread per element of a head");
 
@@ -168,7 +168,7 @@ __device__ KeyParts find_parts(const ReduceParams& params, int64_t head, int64_t
   const uint32_t size = static_cast<uint32_t>(problem.block_size);
   const int64_t block = position / size, end = (block + 1) * problem.block_size;
   const int32_t* const of_list =
-      params.segment_offsets + head * problem.num_blocks + problem.cu_blocks[b] + block;
+      params.segment_offsets + (problem.cu_blocks[b] + block) * problem.heads_k + head;
   return {of_list[0], of_list[1], position % size, (end < keys ? end : keys) > keys - queries};
 }
 
@@ -195,9 +195,10 @@ __device__ void store_floats(float* to, const float (&sum)[kWidth]) {
   }
 }
 
-// Rows (dk or dv, head, key) in order over thread blocks, threads as above.
+// Rows (head, key) in order over thread blocks, threads as above, each for dk and dv: both have the
+// same parts, and their loads are in flight together.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     reduce_keys_kernel(const __grid_constant__ ReduceParams params, uint32_t heads) {
   using Load = Vector<T, kWidth>;
   const Problem& problem = params.problem;
@@ -206,46 +207,61 @@ __global__ void __launch_bounds__(kThreads, 4)
   const uint32_t lane = threadIdx.x / columns;
   const uint32_t row = blockIdx.x * lanes + lane;
   const uint32_t tokens = static_cast<uint32_t>(problem.tokens_k);
-  if (lane >= lanes || row >= 2 * heads * tokens) return;
+  if (lane >= lanes || row >= heads * tokens) return;
   const int64_t column = threadIdx.x % columns * kWidth;
-  const bool is_dv = row >= heads * tokens;
-  const int64_t head = row / tokens % heads, token = row % tokens;
-  const Rows& own = params.own[is_dv];
-  const MutableRows& out = params.out[is_dv];
-  float* const carried = params.sum[is_dv] + (token * heads + head) * problem.head_dim + column;
+  const int64_t head = row / tokens, token = row % tokens;
+  const int64_t carried = (token * heads + head) * problem.head_dim + column;
 
   const bool valid = problem.cu_blocks[0] == 0;
   const KeyParts parts = valid ? find_parts(params, head, token) : KeyParts{};
-  float sum[kWidth] = {};
-  if (!params.first) {
-    add_floats(carried, sum);
-  } else if (parts.owned) {
-    add_scaled(load<Load>(static_cast<const T*>(own.data) + token * own.token_stride +
-                          head * own.head_stride + column),
-               1.0f, sum);
+  float sum[2][kWidth] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Rows& own = params.own[i];
+    if (!params.first) {
+      add_floats(params.sum[i] + carried, sum[i]);
+    } else if (parts.owned) {
+      add_scaled(load<Load>(static_cast<const T*>(own.data) + token * own.token_stride +
+                            head * own.head_stride + column),
+                 1.0f, sum[i]);
+    }
   }
-  const T* const pack =
-      static_cast<const T*>(params.pack[is_dv]) + parts.row * problem.head_dim + column;
+  const int64_t in_segment = parts.row * problem.head_dim + column;
   const int64_t step = problem.block_size * problem.head_dim;  // from segment to segment
-  int64_t segment = parts.first;
-  for (; segment + kSegmentChunk <= parts.last; segment += kSegmentChunk) {
-    Load loaded[kSegmentChunk];
+  for (int64_t segment = parts.first; segment < parts.last; segment += kSegmentChunk) {
+    Load loaded[2][kSegmentChunk];
 #pragma unroll
-    for (int s = 0; s < kSegmentChunk; ++s) loaded[s] = load<Load>(pack + (segment + s) * step);
+    for (int s = 0; s < kSegmentChunk; ++s) {
 #pragma unroll
-    for (int s = 0; s < kSegmentChunk; ++s) add_scaled(loaded[s], 1.0f, sum);
-  }
-  for (; segment < parts.last; ++segment) add_scaled(load<Load>(pack + segment * step), 1.0f, sum);
-  if (!params.last) {
-    store_floats(carried, sum);
-    return;
-  }
-  if (!valid) {
+      for (int i = 0; i < 2; ++i) {
+        loaded[i][s] = Load{};
+        if (segment + s < parts.last) {
+          loaded[i][s] =
+              load<Load>(static_cast<const T*>(params.pack[i]) + (segment + s) * step + in_segment);
+        }
+      }
+    }
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] = NAN;
+    for (int s = 0; s < kSegmentChunk; ++s) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) add_scaled(loaded[i][s], 1.0f, sum[i]);
+    }
   }
-  store<T, kWidth>(
-      static_cast<T*>(out.data) + token * out.token_stride + head * out.head_stride + column, sum);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!params.last) {
+      store_floats(params.sum[i] + carried, sum[i]);
+      continue;
+    }
+    if (!valid) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) sum[i][c] = NAN;
+    }
+    const MutableRows& out = params.out[i];
+    store<T, kWidth>(
+        static_cast<T*>(out.data) + token * out.token_stride + head * out.head_stride + column,
+        sum[i]);
+  }
 }
 
 // Whether rows can be read or written 8 elements at a time.
@@ -289,7 +305,7 @@ cudaError_t merge_any(const MergeParams& params, cudaStream_t stream) {
 template <typename T, int kWidth>
 void launch_reduce(const ReduceParams& params, cudaStream_t stream) {
   const int64_t lanes = kThreads / (params.problem.head_dim / kWidth);
-  const int64_t rows = 2 * params.group.heads() * params.problem.tokens_k;
+  const int64_t rows = params.group.heads() * params.problem.tokens_k;
   reduce_keys_kernel<T, kWidth>
       <<<static_cast<unsigned>(ceil_div(rows, lanes)), kThreads, 0, stream>>>(
           params, static_cast<uint32_t>(params.group.heads()));

@@ -171,6 +171,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   routes.positions = mutable_data_of<int32_t>(positions);
   routes.offsets = mutable_data_of<int32_t>(offsets32);
   routes.segment_rows = INT32_MAX;
+  routes.by_head = true;
   STD_CUDA_CHECK(moba::cuda::route(problem, group, data_of<int32_t>(block_ids), routes,
                                    mutable_data_of<int32_t>(workspace), stream));
   STD_CUDA_CHECK(moba::cuda::route_to_flat(problem, routes, mutable_data_of<int64_t>(offsets),

@@ -151,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
                       mutable_data_of<int32_t>(cu_rows),
                       mutable_data_of<int32_t>(cu_keys),
                       segments,
-                      segment_rows};
+                      segment_rows,
+                      /*by_head=*/false};
   STD_CUDA_CHECK(route(problem, group, data_of<int32_t>(block_ids), routes,
                        mutable_data_of<int32_t>(workspace), current_stream(block_ids)));
   return {sorted, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys};

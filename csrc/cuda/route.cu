@@ -45,6 +45,11 @@ struct Sort {
   uint32_t tile, tiles;    // entries of a tile, tiles of a KV head
   uint32_t heads;
   uint32_t num_blocks;
+  uint32_t head_step, block_step;  // between the lists of neighbouring heads and blocks
+
+  __device__ int64_t list(uint32_t head, uint32_t n) const {
+    return int64_t{head} * head_step + int64_t{n} * block_step;
+  }
 };
 
 // At least one, so that a table without blocks divides nothing by zero.
@@ -175,7 +180,7 @@ __global__ void __launch_bounds__(kTileScanWarps * 32)
     }
   }
   if (warp == kTileScanWarps - 1 && inside) {
-    offsets[int64_t{head} * sort.num_blocks + n + 1] = before;
+    offsets[sort.list(head, n) + 1] = before;
   }
 }
 
@@ -245,12 +250,13 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
   const uint32_t head = item / sort.tiles, begin = item % sort.tiles * sort.tile;
   const uint32_t end = min(begin + sort.tile, sort.entries);
   const uint32_t head_entries = head * sort.entries;
-  const int32_t* const list_offsets = routes.offsets + int64_t{head} * sort.num_blocks;
   int32_t* const row = table + int64_t{item} * sort.num_blocks;
   // Of every block, the place of the tile's next entry: in entries, or in its list for the table.
   int32_t* const counters = kShared ? shared_counters + warp * sort.num_blocks : row;
   if (kShared) {
-    for (uint32_t n = lane; n < sort.num_blocks; n += 32) counters[n] = row[n] + list_offsets[n];
+    for (uint32_t n = lane; n < sort.num_blocks; n += 32) {
+      counters[n] = row[n] + routes.offsets[sort.list(head, n)];
+    }
     __syncwarp();
   }
 
@@ -268,7 +274,7 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
       __syncwarp();
       if (chosen && same >> lane == 1) counters[blocks[u]] = place + 1;
       __syncwarp();
-      if (chosen && !kShared) place += list_offsets[blocks[u]];
+      if (chosen && !kShared) place += routes.offsets[sort.list(head, blocks[u])];
       if (entry < end) routes.positions[head_entries + entry] = chosen ? place : -1;
       if (chosen) routes.entries[place] = static_cast<int32_t>(head_entries + entry);
     }
@@ -327,6 +333,8 @@ cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids
                   const Routes& routes, int32_t* workspace, cudaStream_t stream) {
   Sort sort = make_sort(problem, group);
   sort.ids = ids;
+  sort.head_step = routes.by_head ? sort.num_blocks : 1;
+  sort.block_step = routes.by_head ? 1 : sort.heads;
   if (counters_bytes(problem.num_blocks) <= kMaxShared) {
     launch<true>(sort, routes, problem.block_size, workspace, stream);
   } else {

@@ -42,7 +42,9 @@ cudaError_t gate_topk(const GateTopkParams& params, cudaStream_t stream);
 // queries [query_begin, query_end). Its rows are numbered
 //   row = ((head_k - head_begin) * queries + query - query_begin) * G + g,
 // R of them, heads * queries * G < 2^31; an entry is row * K + slot, also below 2^31. Its lists,
-// one per KV head and row n of the block table, are numbered (head_k - head_begin) * NB + n.
+// one per KV head and row n of the block table, are numbered n * heads + head_k - head_begin: with
+// early blocks chosen most, as they are where choices are random, the longest lists come first, and
+// FlashAttention's last thread blocks, which others wait for, have little to do.
 struct Group {
   int64_t head_begin, head_end, query_begin, query_end;
 
@@ -69,6 +71,7 @@ struct Routes {
   int32_t* cu_keys;          // [max_segments + 1] min(segment, used segments) * B
   int64_t max_segments;      // lists + ceil(R * K / segment_rows) is enough
   int64_t segment_rows;
+  bool by_head;  // lists are numbered (head_k - head_begin) * NB + n instead
 };
 
 // Elements of int32 workspace that route needs.
