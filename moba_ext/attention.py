@@ -162,9 +162,14 @@ def _warn_once(message: str) -> None:
 
 def _pick_backend(backend: str, q: Tensor) -> str:
     name, reason = ops.resolve_backend(backend, q.device.type, q.dtype, q.shape[-1])
-    if backend == "auto" and name == "reference" and not torch.compiler.is_compiling():
-        _warn_once(f"moba_ext runs its slow reference backend: {reason}")
+    if backend == "auto" and name == "reference":
+        _warn_of_reference(reason)
     return name
+
+
+def _warn_of_reference(reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn_once(f"moba_ext runs its slow reference backend: {reason}")
 
 
 def moba_attention_varlen(
@@ -226,9 +231,8 @@ def moba_attention_varlen(
     _check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     softmax_scale = _check_scale(softmax_scale)
-    # With "auto", CUDA tensors go through the op, which is the reference over our block_mean there.
     name = _pick_backend(backend, q)
-    if name == "reference" and (backend == "reference" or q.device.type != "cuda"):
+    if name == "reference":
         out, lse, _ = reference.moba_attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, block_size, topk, softmax_scale
         )
@@ -245,7 +249,7 @@ def moba_attention_varlen(
             block_size,
             topk,
             softmax_scale,
-            "auto" if name == "reference" else name,
+            name,
         )
     return (out, lse) if return_lse else out
 
@@ -330,7 +334,9 @@ def select_blocks(
     _check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
-    if _pick_backend("auto", q) == "reference":
+    why_not = ops.compiled_gate(q.device.type, q.dtype, q.shape[-1])
+    if why_not is not None:
+        _warn_of_reference(why_not)
         kbar = reference.block_mean(k, cu_seqlens_k, block_size)
         ids, scores = reference.gate_topk(
             q, kbar, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, block_size, topk

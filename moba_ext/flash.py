@@ -13,6 +13,7 @@ Sources: arXiv 2502.13189, algorithm 1; arXiv 2307.08691 (FlashAttention-2).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,12 @@ from torch.profiler import record_function
 
 from . import varlen
 
-WORKSPACE_BYTES = 1 << 30
+WORKSPACE_BYTES = 3 << 29
 """Bound on what a group holds beside inputs and outputs; assign to change it. A group is never
 less than one KV head and as many queries as fill the lists of its blocks, which exceeds the bound
 where the keys alone do."""
 
-_ROW_TILE = 128  # rows of a FlashAttention tile; its backward pads every sequence by as many
+_ROW_TILE = 128  # rows of a FlashAttention tile
 
 # The stages in C++ and CUDA.
 _stages = torch.ops.moba
@@ -38,7 +39,7 @@ class FlashPlan(NamedTuple):
     dense: topk * block_size covers every sequence: one causal call, no routing.
     block_size: of own blocks and routing; the longest sequence where dense.
     slots: past blocks per query that are routed, 0 where dense or topk is 1: then no group is.
-    segment_rows: most rows of a segment of a block's list.
+    segment_rows: most rows of a segment of a block's list; fewer in the backward.
     heads_per_group, queries_per_group: what is routed and merged at a time.
     """
 
@@ -81,7 +82,8 @@ def make_plan(
     if dense or topk == 1:
         block_size = longest if dense else block_size
         return FlashPlan(dense, block_size, 0, 1, heads_k, tokens_q, heads_k, tokens_q)
-    slots, segment_rows = topk - 1, max(1024, 4 * block_size)
+    # FlashAttention's deterministic backward has one thread block for all keys of a segment.
+    slots, segment_rows = topk - 1, max(1024, (2 if backward else 4) * block_size)
     num_blocks = tokens_k // block_size + batch
 
     def fits(heads: int, queries: int) -> bool:
@@ -114,20 +116,29 @@ def _group_bytes(
     routing = 2 * 4 * entries
     if not backward:  # q, out, lse; k, v
         return routing + entries * (2 * row + 4) + segments * block_size * 2 * key
-    # q, dout, out, dq, lse, and FlashAttention's dq and delta in fp32; k, v, dk, dv.
-    accumulators = _accumulator_bytes(entries, segments, 1, head_dim)
-    return routing + entries * (4 * row + 4) + accumulators + segments * block_size * 4 * key
+    # q, dout, out, lse, dq unless it takes the place of out, and FlashAttention's dq and delta in
+    # fp32; k, v, dk, dv.
+    rows = 4 if varlen.package() is None else 3
+    accumulators = _accumulator_bytes(entries, segments, 1, block_size, head_dim)
+    return routing + entries * (rows * row + 4) + accumulators + segments * block_size * 4 * key
 
 
-def _accumulator_bytes(rows: int, sequences: int, heads: int, head_dim: int) -> int:
+def _accumulator_bytes(
+    rows: int, sequences: int, heads: int, block_size: int, head_dim: int
+) -> int:
     """FlashAttention's dq and delta in fp32: its deterministic backward has one dq per split of the
     keys, as many as give every multiprocessor a thread block."""
-    processors = 132  # of an H100 or H200, where there is no GPU to ask
-    if torch.cuda.is_available():
-        processors = torch.cuda.get_device_properties().multi_processor_count
-    step = 32 if head_dim <= 128 else 64
-    dq = 4 * _ceil_div(head_dim, step) * step * _ceil_div(processors, sequences * heads)
-    return heads * (rows + _ROW_TILE * sequences) * (dq + 4)
+    dq = 4 * varlen.accumulator_width(head_dim)
+    if varlen.needs_order(block_size, head_dim):
+        dq *= _ceil_div(_multiprocessors(), sequences * heads)
+    return heads * varlen.accumulator_rows(rows, sequences) * (dq + 4)
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    if not torch.cuda.is_available():
+        return 132  # of an H100 or H200
+    return torch.cuda.get_device_properties().multi_processor_count
 
 
 def planned_sizes(
@@ -156,7 +167,9 @@ def planned_sizes(
             heads, expanded = plan.heads_per_group * group, group if group > 1 else 0
             of_keys = 2 * plan.heads_per_group * (1 + expanded) * tokens_k
             own = 2 * head_dim * (heads * tokens_q + of_keys)
-            own += _accumulator_bytes(tokens_q, num_blocks + batch, heads, head_dim)
+            own += _accumulator_bytes(
+                tokens_q, num_blocks + batch, heads, plan.block_size, head_dim
+            )
         else:  # the lse of all heads
             own = 4 * heads_q * tokens_q
         sizes.append(own + routed)
@@ -364,6 +377,7 @@ def backward(
                 part_dq, *part_dkv = varlen.backward(
                     *(dout_rows, part_dlse, q_rows, routed.k, routed.v, out_rows),
                     *(lse_rows[None], routed.sequences, scale, False),
+                    reuse_out=True,
                 )
             positions, segment_offsets = routed.positions, routed.segment_offsets
         else:

@@ -51,19 +51,27 @@ def cuda_status() -> str | None:
     return _CUDA_MISSING
 
 
-def _why_not_cpu(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the cpu backend can't take such tensors, in words that follow "q has"; None if it can."""
+def _why_not_gate(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why compiled block_mean and gate_topk can't take such tensors, in words that follow "q has";
+    None if they can."""
     if dtype not in COMPILED_DTYPES:
         return f"dtype {dtype}, and compiled backends take float32, bfloat16 and float16"
     if head_dim % 8 or not 8 <= head_dim <= 256:
         return f"head_dim {head_dim}, and compiled backends take multiples of 8 from 8 to 256"
-    if device not in ("cpu", "meta"):
-        return f"device {device}, and the cpu backend takes CPU tensors"
+    if device not in ("cpu", "cuda", "meta"):
+        return f"device {device}, and compiled backends take CPU and CUDA tensors"
     return None
 
 
+def _why_not_cpu(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same of the cpu backend."""
+    if device not in ("cpu", "meta"):
+        return f"device {device}, and the cpu backend takes CPU tensors"
+    return _why_not_gate(device, dtype, head_dim)
+
+
 def _why_not_flash(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The same for the flash backend."""
+    """The same of the flash backend."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {dtype}, and FlashAttention takes bfloat16 and float16"
     if head_dim % 8 or not 8 <= head_dim <= 256:
@@ -71,6 +79,21 @@ def _why_not_flash(device: str, dtype: torch.dtype, head_dim: int) -> str | None
     if device not in ("cuda", "meta"):
         return f"device {device}, and the flash backend takes CUDA tensors"
     return None
+
+
+def _check_cuda_library(device: str) -> None:
+    if device == "cuda" and _CUDA_MISSING is not None:
+        raise ValueError(f"q is on a CUDA device, but {_CUDA_MISSING}")
+
+
+def compiled_gate(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None if block_mean and gate_topk run compiled on such tensors, else why not.
+
+    Raises ValueError for CUDA tensors without the CUDA library.
+    """
+    _check_cuda_library(device)
+    reason = _why_not_gate(device, dtype, head_dim)
+    return reason and f"q has {reason}"
 
 
 def resolve_backend(
@@ -90,47 +113,46 @@ def resolve_backend(
             raise ValueError(f"backend is '{backend}', which is not available: {status[backend]}")
     if backend == "reference":
         return "reference", "asked for"
-    if device == "cuda" and backend == "auto":
-        if _CUDA_MISSING is not None:
-            raise ValueError(f"q is on a CUDA device, but {_CUDA_MISSING}")
-        return "reference", "the flash backend is new and taken only when named: backend='flash'"
-    name = "cpu" if backend == "auto" else backend
-    why_not = {"cpu": _why_not_cpu, "flash": _why_not_flash}[name]
-    reason = why_not(device, dtype, head_dim)
-    if reason is None:
-        return name, "compiled kernels for CPU tensors" if backend == "auto" else "asked for"
-    if backend == "auto":
+    why_not = {"cpu": _why_not_cpu, "flash": _why_not_flash}
+    if backend != "auto":
+        reason = why_not[backend](device, dtype, head_dim)
+        if reason is None:
+            return backend, "asked for"
+        raise (TypeError if reason.startswith("dtype") else ValueError)(
+            f"backend is '{backend}', but q has {reason}"
+        )
+    _check_cuda_library(device)
+    name = "flash" if device == "cuda" else "cpu"
+    if status[name] is not None:
+        return "reference", f"the {name} backend is not available: {status[name]}"
+    reason = why_not[name](device, dtype, head_dim)
+    if reason is not None:
         return "reference", f"q has {reason}"
-    raise (TypeError if reason.startswith("dtype") else ValueError)(
-        f"backend is '{backend}', but q has {reason}"
-    )
+    return name, f"compiled kernels for {'CUDA' if name == 'flash' else 'CPU'} tensors"
+
+
+def _check_op_backend(backend: str, q: Tensor) -> None:
+    """For the op on CUDA tensors, which has the flash backend alone."""
+    name, reason = resolve_backend(backend, "cuda", q.dtype, q.shape[-1])
+    if name != "flash":
+        raise RuntimeError(
+            f"backend is '{backend}', and on CUDA tensors the op runs 'flash' only: {reason} "
+            "('reference' is in moba_ext.moba_attention_varlen)"
+        )
 
 
 @torch.library.register_kernel("moba::attention", "cuda")
 def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
-    if _CUDA_MISSING is not None:
-        raise RuntimeError(_CUDA_MISSING)
-    if backend == "flash":
-        return flash.forward(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale)
-    kbar = torch.ops.moba.block_mean(k, cu_k, block_size)
-    block_ids, _ = reference.gate_topk(q, kbar, cu_q, cu_k, max_k, block_size, topk)
-    return reference.moba_attention_varlen(
-        q, k, v, cu_q, cu_k, max_k, block_size, topk, softmax_scale, block_ids
-    )
+    _check_op_backend(backend, q)
+    return flash.forward(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale)
 
 
 @torch.library.register_kernel("moba::attention_backward", "cuda")
 def _(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk,
       softmax_scale=None, backend="auto"):  # fmt: skip
-    sizes = (block_size, topk, softmax_scale)
-    if backend == "flash":
-        saved = (q, k, v, out, lse, block_ids, cu_q, cu_k)
-        return flash.backward(dout, dlse, *saved, max_q, max_k, *sizes)
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        outputs = reference.moba_attention_varlen(*inputs, cu_q, cu_k, max_k, *sizes, block_ids)[:2]
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
-    return torch.autograd.grad(outputs, inputs, (dout, dlse))
+    _check_op_backend(backend, q)
+    saved = (q, k, v, out, lse, block_ids, cu_q, cu_k)
+    return flash.backward(dout, dlse, *saved, max_q, max_k, block_size, topk, softmax_scale)
 
 
 @torch.library.register_fake("moba::attention")

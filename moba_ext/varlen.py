@@ -21,6 +21,16 @@ import torch
 from torch import Tensor
 
 MAX_SEQUENCES = 65_535  # of a varlen call: FlashAttention has them in gridDim.y or z
+_MAX_OFFSET = 2**31 - 1  # in its backward's fp32 dq (seen in 2.8.3): beyond, it writes elsewhere
+
+
+def needs_order(max_k: int, head_dim: int) -> bool:
+    """Whether the bits of dq depend on the order in which FlashAttention's backward adds to it.
+
+    It has tiles of 64 keys or more up to head_dim 128, each with its share of dq. Two shares always
+    give the same: 0 + x + y = 0 + y + x.
+    """
+    return max_k > 128 or head_dim > 128
 
 
 def ranges(size: int, step: int) -> list[tuple[int, int]]:
@@ -41,8 +51,14 @@ class Sequences(NamedTuple):
             yield self._replace(cu_q=self.cu_q[first : last + 1], cu_k=self.cu_k[first : last + 1])
 
 
+@torch.compiler.assume_constant_result  # torch.compile can't trace the search for a package
 def unavailable() -> str | None:
     """Why no FlashAttention can be called here; None if one can."""
+    return _unavailable()
+
+
+@functools.cache
+def _unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU is visible to torch"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -76,6 +92,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(x) for x in re.findall(r"\d+", text)[:3])
 
 
+@functools.cache
 def _window(function) -> dict:
     """No sliding window, under the names that this version of flash_attn has."""
     if "window_size" in inspect.signature(function).parameters:
@@ -114,24 +131,30 @@ def backward_call(
     sequences: Sequences,
     scale: float,
     causal: bool,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq: where to write the gradient of q, for a FlashAttention that can be told."""
     cu_q, cu_k, max_q, max_k = sequences
+    ordered = needs_order(max_k, q.shape[-1])
     flash_attn = package()
     if flash_attn is None:
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of dropout
-        with deterministic():
+        with deterministic() if ordered else contextlib.nullcontext():
             return torch.ops.aten._flash_attention_backward(
                 *(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, unused, unused),
                 scale=scale,
             )
     call = flash_attn._flash_attn_varlen_backward
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    call(
-        *(dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k),
-        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, **_window(call)},
-        **{"softcap": 0.0, "alibi_slopes": None, "deterministic": True},
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad is None else grad
+        for x, grad in ((q, dq), (k, None), (v, None))
     )
-    return grads
+    call(
+        *(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k),
+        **{"dropout_p": 0.0, "softmax_scale": scale, "causal": causal, **_window(call)},
+        **{"softcap": 0.0, "alibi_slopes": None, "deterministic": ordered},
+    )
+    return dq, dk, dv
 
 
 @contextlib.contextmanager
@@ -182,17 +205,13 @@ def backward(
     sequences: Sequences,
     scale: float,
     causal: bool,
+    reuse_out: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v."""
+    """Gradients of q, k, v. reuse_out: that of q may take the memory of out, which is read before
+    it is written."""
 
     def run(dout, v, out):
-        first, *others = sequences.calls()
-        grads = backward_call(dout, q, k, v, out, lse, first, scale, causal)
-        for call in others:
-            parts = backward_call(dout, q, k, v, out, lse, call, scale, causal)
-            bounds = (call.cu_q, call.cu_k, call.cu_k)
-            grads = tuple(_keep(x, y, cu, 0) for x, y, cu in zip(grads, parts, bounds))
-        return grads
+        return _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out)
 
     dq, dk, dv = run(dout, v, out)
     if dlse is not None:
@@ -204,6 +223,54 @@ def backward(
             for x, more in ((dq, more_dq), (dk, more_dk))
         )
     return dq, dk, dv
+
+
+def accumulator_rows(rows: int, sequences: int) -> int:
+    """Of FlashAttention's fp32 dq: every sequence has 128 more."""
+    return rows + 128 * sequences
+
+
+def accumulator_width(head_dim: int) -> int:
+    step = 32 if head_dim <= 128 else 64
+    return -(-head_dim // step) * step
+
+
+def _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out):
+    """In parts of the heads where FlashAttention's fp32 dq would be too large for its offsets."""
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    rows = accumulator_rows(q.shape[0], min(sequences.cu_q.shape[0] - 1, MAX_SEQUENCES))
+    most = _MAX_OFFSET // (rows * accumulator_width(q.shape[2]))
+    if heads <= most:
+        return _backward_by_calls(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out)
+    if most == 0:
+        raise RuntimeError(
+            f"q has {q.shape[0]:,} rows, too many for the 32-bit offsets of FlashAttention's "
+            "backward: split the batch"
+        )
+    # Whole KV heads, or equal parts of the query heads of one.
+    step = most // group * group or max(n for n in range(1, most + 1) if group % n == 0)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    for begin, end in ranges(heads, step):
+        of_q, of_k = slice(begin, end), slice(begin // group, -(-end // group))
+        dq[:, of_q], *parts = _backward_by_calls(
+            *(dout[:, of_q], q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q], lse[of_q]),
+            *(sequences, scale, causal, False),
+        )
+        for total, part in zip((dk, dv), parts):
+            total[:, of_k] += part
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _backward_by_calls(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out):
+    first, *others = sequences.calls()
+    dq = out if reuse_out and not others else None
+    grads = backward_call(dout, q, k, v, out, lse, first, scale, causal, dq)
+    for call in others:
+        parts = backward_call(dout, q, k, v, out, lse, call, scale, causal)
+        bounds = (call.cu_q, call.cu_k, call.cu_k)
+        grads = tuple(_keep(x, y, cu, 0) for x, y, cu in zip(grads, parts, bounds))
+    return grads
 
 
 class LseGrad(NamedTuple):
@@ -224,7 +291,8 @@ def lse_grad(dlse: Tensor, no_keys: Tensor, like: Tensor) -> LseGrad:
     dlse = dlse.masked_fill(no_keys, 0.0)
     # Of the finite ones: another sequence's NaN must not reach this one's gradients.
     largest = dlse.nan_to_num(0.0, 0.0, 0.0).abs().amax()
-    factor = largest.clamp(min=torch.finfo(torch.float32).tiny)
+    exponent = torch.frexp(largest.clamp(min=2.0**-100)).exponent  # largest < 2 ** exponent
+    factor = torch.exp2((exponent - exponent.clamp(0, 15)).float())
     dout = torch.zeros_like(like, memory_format=torch.contiguous_format)
     share = (dlse / factor).T
     dout[..., 0] = share

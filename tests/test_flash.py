@@ -95,6 +95,32 @@ def test_more_sequences_than_a_call_takes(case, monkeypatch):
     check(case, True)
 
 
+@pytest.mark.parametrize("most_heads", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.heads_q > 1 and sum(c.lengths_q) and sum(c.lengths_k)]
+)
+def test_accumulators_beyond_32_bit_offsets(case, most_heads, monkeypatch):
+    """The own blocks' backward goes by heads, also by some of those that share a KV head."""
+    split = []
+    by_calls = varlen._backward_by_calls
+
+    def count(dout, *rest):
+        split.append(dout.shape[1])
+        return by_calls(dout, *rest)
+
+    monkeypatch.setattr(varlen, "_backward_by_calls", count)
+    # Packed rows have one head, and are of several slots: more room than any head needs here.
+    queries = sum(case.lengths_q)
+    monkeypatch.setattr(varlen, "accumulator_rows", lambda rows, _: rows if rows == queries else 1)
+    limit = most_heads * queries * varlen.accumulator_width(case.head_dim)
+    monkeypatch.setattr(varlen, "_MAX_OFFSET", limit)
+    check(case, True)
+    assert max(split) <= most_heads
+    monkeypatch.setattr(varlen, "_MAX_OFFSET", 1)
+    with pytest.raises(RuntimeError, match="too many for the 32-bit offsets"):
+        check(case, True)
+
+
 def test_plan(monkeypatch):
     monkeypatch.setattr(ops, "_CUDA_MISSING", None)
     monkeypatch.setattr(varlen, "unavailable", lambda: None)
@@ -185,10 +211,15 @@ def test_both_interfaces_of_flash_attn(results, monkeypatch):
     monkeypatch.setattr(varlen, "package", lambda: Package)
     q = torch.randn(5, 2, 8)
     cu = torch.tensor([0, 5], dtype=torch.int32)
-    sequences = varlen.Sequences(cu, cu, 5, 5)
-    assert varlen.forward_call(q, q, q, sequences, 0.3, True) == (q, lse)
-    grads = varlen.backward_call(q, q, q, q, q, lse, sequences, 0.3, True)
-    assert calls == [(13, True, True, (-1, -1))] and all(x.shape == q.shape for x in grads)
+    few, many = varlen.Sequences(cu, cu, 5, 128), varlen.Sequences(cu, cu, 5, 129)
+    assert varlen.forward_call(q, q, q, few, 0.3, True) == (q, lse)
+    for sequences in (few, many):
+        grads = varlen.backward_call(q, q, q, q, q, lse, sequences, 0.3, True)
+        assert all(x.shape == q.shape for x in grads)
+    dq, *_ = varlen.backward_call(q, q, q, q, q, lse, few, 0.3, True, dq=q)
+    assert dq is q
+    # Two tiles of keys add up to the same bits in any order, more need FlashAttention's own.
+    assert calls == [(13, True, ordered, (-1, -1)) for ordered in (False, True, False)]
 
 
 def test_dlse_of_rows_that_do_not_count():
