@@ -119,19 +119,26 @@ void attend(const AttendParams& params, const BlockRows& rows, float* scratch) {
     const int64_t most = chunk_keys(problem.block_size, problem.head_dim);
     const int64_t keys = visible_keys(problem, rows);
     float* const rest = scratch + 2 * round_up(most, kKeyTile) * padded(problem.head_dim);
-    RowTile tile;
     for (int64_t begin = 0; begin < keys; begin += most) {
       const int64_t size = keys - begin < most ? keys - begin : most;
       if constexpr (kPerWord<T> == 2) {
         const PairChunk chunk = pack_pairs<T>(scratch, params, rows, begin, size);
-        for (int64_t first = rows.first; first < rows.last; first += kPairRows) {
-          const int64_t count = rows.last - first < kPairRows ? rows.last - first : kPairRows;
-          fill_tile(tile, problem, rows, first, count);
-          attend_pairs_tile<T>(params, tile, chunk, begin, size, rest);
+        RowTile tiles[2];
+        const auto fill = [&](RowTile& tile, int64_t first) {
+          const int64_t left = rows.last - first < 0 ? 0 : rows.last - first;
+          fill_tile(tile, problem, rows, first, left < kPairRows ? left : kPairRows);
+        };
+        fill(tiles[0], rows.first);
+        for (int64_t first = rows.first, i = 0; first < rows.last; first += kPairRows, ++i) {
+          const RowTile& tile = tiles[i % 2];
+          RowTile& next = tiles[1 - i % 2];
+          fill(next, first + kPairRows);
+          attend_pairs_tile<T>(params, tile, next, chunk, begin, size, rest);
         }
       } else {
         const Chunk chunk =
             pack_chunk<T>(scratch, problem, params.k, params.v, rows, begin, size, rest);
+        RowTile tile;
         for_each_tile<T>(rows, [&](auto vectors, int64_t first, int64_t count) {
           fill_tile(tile, problem, rows, first, count);
           attend_tile<T, decltype(vectors)::value>(params, tile, chunk, begin, size, rest);

@@ -89,8 +89,13 @@ static inline f32v update_rows(Softmax& softmax, float* scores, int64_t keys, co
   return alpha;
 }
 
+static inline void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// The rows of `tile`; `next` is the tile after it, or empty.
 template <typename T>
-static void attend_pairs_tile(const AttendParams& params, const RowTile& tile,
+static void attend_pairs_tile(const AttendParams& params, const RowTile& tile, const RowTile& next,
                               const PairChunk& chunk, int64_t chunk_begin, int64_t chunk_size,
                               float* scratch) {
   static_assert(kPerWord<T> == 2 && kPad == 2 * kLanes);
@@ -118,6 +123,12 @@ static void attend_pairs_tile(const AttendParams& params, const RowTile& tile,
     for (int64_t m = 0; m < keys; m += kColumns * kLanes) {
       gemm<2, kColumns, Layout::kRowMajor, Into::kSet>(rows, words, q, words, chunk.k_t + begin + m,
                                                        chunk.stride, scores + m, kScoreKeys);
+    }
+    if (begin == 0) {  // scattered rows, while the softmax keeps to L1
+      for (int64_t i = 0; i < tile.count; ++i)
+        prefetch(params.partial_out + tile.slot[i] * width, width * sizeof(float));
+      for (int64_t i = 0; i < next.count; ++i)
+        prefetch(row_pointer<T>(params.q, next.query[i], next.head[i]), head_dim * sizeof(T));
     }
     for (int64_t first = 0; first < rows; first += kLanes) {
       float* const s = scores + first * kScoreKeys;
