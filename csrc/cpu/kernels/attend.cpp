@@ -14,11 +14,6 @@
 namespace moba {
 namespace MOBA_ISA {
 
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-
 // Takes in the scores of `keys` keys, one vector of rows with `stride` words between keys in p:
 // leaves their weights there and returns the factor of what was summed before. Where kMasked, a row
 // sees the keys below its limit.
@@ -89,7 +84,7 @@ static void attend_tile(const AttendParams& params, const RowTile& tile, const C
                                                        keys, limit, scale);
       };
       const f32v alpha =
-          begin + keys > least - chunk_begin ? update(Flag<true>{}) : update(Flag<false>{});
+          begin + keys > least - chunk_begin ? update(Constant<true>{}) : update(Constant<false>{});
       if (begin == 0 || !any(alpha != 1.0f)) continue;  // nothing to scale, or by 1
       for (int64_t d = 0; d < head_dim; ++d) {
         float* const o = o_t + d * kLanesTotal + n * kLanes;

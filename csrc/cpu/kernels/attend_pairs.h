@@ -152,9 +152,15 @@ static void attend_pairs_tile(const AttendParams& params, const RowTile& tile, c
     }
     const float* const v = chunk.v + begin / 2 * width;
     for (int64_t d = 0; d < width; d += kColumns * kLanes) {
-      const auto add = begin == 0 ? gemm<2, kColumns, Layout::kRowMajor, Into::kSet>
-                                  : gemm<2, kColumns, Layout::kRowMajor, Into::kAdd>;
-      add(rows, keys / 2, scores, kScoreKeys, v + d, width, out + d, width);
+      const auto product = [&](auto into) {
+        gemm<2, kColumns, Layout::kRowMajor, decltype(into)::value>(
+            rows, keys / 2, scores, kScoreKeys, v + d, width, out + d, width);
+      };
+      if (begin == 0) {
+        product(Constant<Into::kSet>{});
+      } else {
+        product(Constant<Into::kAdd>{});
+      }
     }
   }
   for (int64_t first = 0; first < rows; first += kLanes) {

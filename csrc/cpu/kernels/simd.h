@@ -176,7 +176,8 @@ static inline f32v log_vec(f32v x) {
   r = mul_add(square, splat(-0.5f), r) + f;
   r = mul_add(n, splat(0.693359375f), r);
   const f32v special = x == 0.0f ? splat(-kInf) : x;
-  return (x > 0.0f) & (x < kInf) ? r : special;
+  const i32v regular = (x > 0.0f) & (x < kInf);
+  return regular ? r : special;
 }
 
 // Storage types. A float of either 16-bit format is rounded to nearest even, once, on store.
