@@ -6,9 +6,11 @@ namespace moba {
 
 namespace {
 
-// Bound on the partials of a group, which are written and read once each: the size of a last-level
-// cache. Longer inputs exceed it where lists of routed rows would otherwise get too short.
-constexpr int64_t kPartialBytes = int64_t{64} << 20;
+// Bound on the partials of a group, which are written and read once each. With what lies beside
+// them they stay below 32 MiB: glibc's malloc gives larger pieces back to the system on every free,
+// and touching new pages took 8 % of a forward. Longer inputs exceed it where lists of routed rows
+// would otherwise get too short.
+constexpr int64_t kPartialBytes = int64_t{28} << 20;
 
 // Lays out buffers one after another, each on a cache line.
 struct Layout {

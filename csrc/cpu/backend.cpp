@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kMaxSegmentRows = 960;  // packing K and V costs 2 % of such a segment
 constexpr int64_t kMinSegmentRows = 288;  // and a few percent of such a one
-constexpr int64_t kFewestSegments = 256;  // of a group, if they don't get too small: feeds 64 cores
+constexpr int64_t kFewestSegments = 128;  // of a group, if they don't get too small: feeds 32 cores
 constexpr int64_t kSegmentStep = 96;      // whole tiles of rows, 48 or 32, in all segments but one
 constexpr int64_t kGateQueries = 128;     // queries of a gate item
 constexpr int64_t kRowsPerItem = 256;     // rows of a merge item

@@ -134,8 +134,8 @@ void attend_backward(const AttendBackwardParams& params, const BlockRows& rows, 
     const int64_t keys = visible_keys(problem, rows) - chunk_begin;
     const int64_t size = keys < most ? keys : most;
     float* const rest = scratch + 2 * round_up(most, kKeyTile) * width;
-    const Chunk chunk = pack_chunk<T>(scratch, problem, params.k, params.v, rows, chunk_begin, size,
-                                      OverKeys::kK, rest);
+    const Chunk chunk =
+        pack_chunk<T>(scratch, problem, params.k, params.v, rows, chunk_begin, size, rest);
     std::memset(dk, 0, size * width * sizeof(float));
     std::memset(dv, 0, size * width * sizeof(float));
     RowTile tile;

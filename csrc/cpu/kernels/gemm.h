@@ -24,10 +24,13 @@ template <>
 constexpr int kPerWord<bfloat16> = 2;
 #endif
 
-template <int N>
-struct Vectors {
-  static constexpr int value = N;
+// A template argument that a lambda takes by value.
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
 };
+template <int N>
+using Vectors = Constant<N>;
 
 // Rows of C held in registers, n vectors each: n operands and one broadcast must fit beside them.
 // Rounded down to a size that divides 64 keys or leaves a multiple of 4.

@@ -169,17 +169,15 @@ static inline void add_over_keys(int64_t head_dim, int64_t begin, int64_t keys, 
 struct Chunk {
   float* k;          // [keys, words] along head_dim
   float* v;          // [keys, words] along head_dim
-  float* over_keys;  // the operand of add_over_keys: V in the forward, K in the backward
+  float* over_keys;  // K as the operand of add_over_keys
   int64_t stride;    // of over_keys
 };
 
 // Packs keys begin .. begin + size of the block into `memory`, 2 * round_up(chunk, kKeyTile) padded
 // rows of float; scratch is [kLanes, width].
-enum class OverKeys { kV, kK };
 template <typename T>
 static inline Chunk pack_chunk(float* memory, const Problem& problem, const Rows& k, const Rows& v,
-                               const BlockRows& rows, int64_t begin, int64_t size, OverKeys which,
-                               float* scratch) {
+                               const BlockRows& rows, int64_t begin, int64_t size, float* scratch) {
   const int64_t head_dim = problem.head_dim, width = padded(head_dim), words = width / kPerWord<T>;
   const int64_t keys = round_up(chunk_keys(problem.block_size, head_dim), kKeyTile);
   Chunk chunk;
@@ -187,13 +185,12 @@ static inline Chunk pack_chunk(float* memory, const Problem& problem, const Rows
   chunk.v = chunk.k + keys * words;
   pack_keys<T>(chunk.k, words, k, rows.block.key_begin + begin, size, rows.head_k, head_dim);
   pack_keys<T>(chunk.v, words, v, rows.block.key_begin + begin, size, rows.head_k, head_dim);
-  float* const operand = which == OverKeys::kV ? chunk.v : chunk.k;
-  chunk.over_keys = operand;
+  chunk.over_keys = chunk.k;
   chunk.stride = width;
   if constexpr (kPerWord<T> == 2) {
     chunk.over_keys = chunk.v + keys * words;
     chunk.stride = pair_stride(keys);
-    pair_and_transpose(chunk.over_keys, chunk.stride, operand, size, width, scratch);
+    pair_and_transpose(chunk.over_keys, chunk.stride, chunk.k, size, width, scratch);
   }
   return chunk;
 }

@@ -110,6 +110,18 @@ static inline f32v max_number(f32v a, f32v b) {
 #endif
 }
 
+// p * 2^n where t is n + 1.5 * 2^23, for exponentials of x: 0 for x < low, NaN where x is.
+static inline f32v scale_by_power(f32v p, f32v t, f32v x, f32v low) {
+#if defined(__AVX512F__)
+  const f32v n = t - splat(12582912.0f);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);  // NaN too
+  return (f32v)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
+  const f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
+  return x == x ? (x < low ? f32v{} : r) : x;
+#endif
+}
+
 // e^x for x < 88, within 1.4 ulp; 0 below 2^-126; NaN stays NaN. x = n * log(2) + f with log(2) in
 // two pieces, the first of which times n is exact; e^f by a degree-6 minimax polynomial with p(0)
 // = 1.
@@ -127,13 +139,45 @@ static inline f32v exp_vec(f32v x) {
   p = mul_add(p, f, splat(4.99999942e-1f));
   p = mul_add(p, f, splat(1.00000003f));
   p = mul_add(p, f, splat(1.0f));
-#if defined(__AVX512F__)
-  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);  // NaN too
-  return (f32v)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
-#else
-  const f32v r = as_f32(as_i32(p) + (as_i32(t) << 23));
-  return x == x ? (x < low ? f32v{} : r) : x;
-#endif
+  return scale_by_power(p, t, x, low);
+}
+
+// 2^x alike, for x < 127, within 1.2 ulp. One piece of log(2) does, as x - n is exact.
+static inline f32v exp2_vec(f32v x) {
+  const f32v magic = splat(12582912.0f);
+  const f32v t = x + magic;
+  const f32v f = x - (t - magic);  // -0.5 .. 0.5 where the result isn't 0
+  f32v p = splat(1.3274633e-3f);
+  p = mul_add(p, f, splat(9.671962e-3f));
+  p = mul_add(p, f, splat(5.5506784e-2f));
+  p = mul_add(p, f, splat(2.4022235e-1f));
+  p = mul_add(p, f, splat(6.9314706e-1f));
+  p = mul_add(p, f, splat(1.0f));
+  return scale_by_power(p, t, x, splat(-126.0f));
+}
+
+// log(x) of a positive normal number, within 1 ulp or so; that of 0 is -inf, of inf and NaN x. The
+// polynomial is that of Cephes for log(1 + f), f = sqrt(1/2) - 1 .. sqrt(2) - 1.
+static inline f32v log_vec(f32v x) {
+  const i32v exponent = (as_i32(x) - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
+  const f32v n = __builtin_convertvector(exponent, f32v);
+  const f32v f = as_f32(as_i32(x) - (exponent << 23)) - 1.0f;
+  f32v p = splat(7.0376836e-2f);
+  p = mul_add(p, f, splat(-1.1514610e-1f));
+  p = mul_add(p, f, splat(1.1676999e-1f));
+  p = mul_add(p, f, splat(-1.2420141e-1f));
+  p = mul_add(p, f, splat(1.4249323e-1f));
+  p = mul_add(p, f, splat(-1.6668058e-1f));
+  p = mul_add(p, f, splat(2.0000715e-1f));
+  p = mul_add(p, f, splat(-2.4999994e-1f));
+  p = mul_add(p, f, splat(3.3333331e-1f));
+  const f32v square = f * f;
+  f32v r = mul_add(n, splat(-2.12194440e-4f), p * f * square);
+  r = mul_add(square, splat(-0.5f), r) + f;
+  r = mul_add(n, splat(0.693359375f), r);
+  const f32v special = x == 0.0f ? splat(-kInf) : x;
+  const i32v regular = (x > 0.0f) & (x < kInf);
+  return regular ? r : special;
 }
 
 // Storage types. A float of either 16-bit format is rounded to nearest even, once, on store.
@@ -282,6 +326,40 @@ static inline f32v shuffle(f32v a, f32v b, i32v index) {  // index into (a, b)
 #endif
 }
 
+// 0, 1, 2, ...
+static inline i32v lane_numbers() {
+  i32v lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
+
+// Shuffles of two rows whose lanes i with i & step the one gives away, and those without the other.
+struct Exchange {
+  i32v low, high;
+  explicit Exchange(int step) {
+    const i32v lane = lane_numbers(), across = lane ^ step;
+    const i32v given = (lane & step) != 0;
+    low = given ? across + kLanes : lane;
+    high = given ? lane + kLanes : across;
+  }
+};
+
+// Lane r: x[r] folded over its lanes by op, which commutes, so that the order of a fold doesn't
+// depend on r. Uses up x.
+template <typename Op>
+static inline f32v fold_rows(f32v (&x)[kLanes], Op op) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    const Exchange exchange(step);
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; r += 2 * step) {
+      const f32v a = x[r], b = x[r + step];
+      x[r] = op(shuffle(a, b, exchange.low), shuffle(a, b, exchange.high));
+    }
+  }
+  return x[0];
+}
+
 // kLanes x kLanes block: to[c * to_stride + r] = from[r * from_stride + c]. log2(kLanes) rounds of
 // exchanges between rows r and r + step.
 static inline void transpose_block(float* to, int64_t to_stride, const float* from,
@@ -290,17 +368,13 @@ static inline void transpose_block(float* to, int64_t to_stride, const float* fr
   for (int r = 0; r < kLanes; ++r) x[r] = load<f32v>(from + r * from_stride);
 #pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
-    i32v low, high;
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & step ? kLanes + (i ^ step) : i;
-      high[i] = i & step ? kLanes + i : i ^ step;
-    }
+    const Exchange exchange(step);
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; ++r) {
       if (r & step) continue;
       const f32v a = x[r], b = x[r + step];
-      x[r] = shuffle(a, b, low);
-      x[r + step] = shuffle(a, b, high);
+      x[r] = shuffle(a, b, exchange.low);
+      x[r + step] = shuffle(a, b, exchange.high);
     }
   }
   for (int r = 0; r < kLanes; ++r) store(to + r * to_stride, x[r]);
