@@ -1,10 +1,13 @@
-"""The op on CUDA tensors: the reference over our block_mean, reached by the same calls."""
+"""Which backend CUDA tensors take, and the reference where that is it."""
+
+import warnings
 
 import pytest
 import torch
-from numerics import Case, assert_within_budget, gradients, run_masked, self_attention
+from numerics import Case, assert_within_budget, check_selection, run_masked, self_attention
 
 import moba_ext
+from moba_ext import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -14,36 +17,65 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES)
-def test_matches_float64(case, dtype):
-    inputs = [x.cuda().requires_grad_() for x in case.tensors(dtype)]
-    cu_seqlens = [x.cuda() for x in case.cu_seqlens()]
-    sizes = (case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk)
-    out, lse, ids = torch.ops.moba.attention(*inputs, *cu_seqlens, *sizes)
-    assert out.is_cuda and out.dtype == dtype and lse.dtype == torch.float32
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    grads = gradients(out, lse, inputs, dout, dlse)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_is_flash(dtype):
+    q, k, v = (torch.randn(1, 200, 2, 64, device="cuda", dtype=dtype) for _ in range(3))
+    q.requires_grad_()
     results = []
-    for precision in (torch.float64, dtype):
+    for backend in ("auto", "flash"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = moba_ext.moba_attention(q, k, v, block_size=16, topk=3, backend=backend)
+        results.append((out, *torch.autograd.grad(out.sum(), q)))
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+    plan = moba_ext.plan(200, heads_q=2, head_dim=64, block_size=16, topk=3, dtype=dtype,
+                         device="cuda")  # fmt: skip
+    assert plan.backend == "flash"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "reason"),
+    [(torch.float32, 64, "dtype torch.float32"), (torch.bfloat16, 20, "head_dim 20")],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_what_flash_attention_lacks_runs_on_the_reference(case, dtype, head_dim, reason):
+    case = case._replace(head_dim=head_dim)
+    inputs = [x.cuda().requires_grad_() for x in case.tensors(dtype)]
+    lengths = [x.cuda() for x in case.cu_seqlens()]
+    lengths += [case.max_seqlen_q, case.max_seqlen_k]
+    sizes = {"block_size": case.block_size, "topk": case.topk}
+    moba_ext.attention._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"slow reference backend: q has {reason}"):
+        out, lse = moba_ext.moba_attention_varlen(*inputs, *lengths, **sizes, return_lse=True)
+    assert out.is_cuda and out.dtype == dtype
+    dout = torch.randn_like(out)
+    got = out, lse, *torch.autograd.grad(out, inputs, dout)
+    kbar = reference.block_mean(inputs[1], lengths[1], case.block_size)
+    ids, _ = reference.gate_topk(inputs[0], kbar, *lengths[:2], case.max_seqlen_k, *sizes.values())
+    exact, plain = [], []
+    for results, precision in ((exact, torch.float64), (plain, dtype)):
         again = [x.detach().cpu().to(precision).requires_grad_() for x in inputs]
         values = run_masked(case, *again, ids.cpu())
-        results.append((*values, *gradients(*values, again, dout.cpu(), dlse.cpu())))
-    for name, got, exact, plain in zip(
-        ("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), *results
-    ):
-        assert_within_budget(got.detach().cpu(), exact.detach(), plain.detach(), name)
+        results += [*values, *torch.autograd.grad(values[0], again, dout.cpu().to(precision))]
+    for name, x, y, z in zip(("out", "lse", "dq", "dk", "dv"), got, exact, plain):
+        assert_within_budget(x.detach().cpu(), y.detach(), z.detach(), name)
+    with pytest.raises(RuntimeError, match="on CUDA tensors the op runs 'flash' only: q has"):
+        torch.ops.moba.attention(*inputs, *lengths, *sizes.values())
 
 
-def test_public_function_warns_that_it_is_slow():
-    q = torch.randn(1, 100, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    moba_ext.attention._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="taken only when named"):
-        out = moba_ext.moba_attention(q, q, q, block_size=16, topk=3)
-    out.sum().backward()
-    assert q.grad.isfinite().all()
-    chosen = moba_ext.select_blocks(q[0], q[0], block_size=16, topk=3)
-    assert chosen.block_ids.is_cuda and chosen.block_ids.shape == (100, 2, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_blocks(dtype):
+    case = self_attention([300, 1, 64], 4, 2, 64, 16, 4)
+    q, k, _ = (x.cuda() for x in case.tensors(dtype))
+    cu_seqlens = [x.cuda() for x in case.cu_seqlens()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = moba_ext.select_blocks(
+            *(q, k), block_size=16, topk=4, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1]
+        )
+    kbar = torch.ops.moba.block_mean(k, cu_seqlens[1], 16)
+    check_selection(case, q, kbar, chosen.block_ids, chosen.scores)
+    assert torch.equal(chosen.counts, (chosen.block_ids >= 0).sum(-1))
 
 
 def test_second_device_and_side_stream():
