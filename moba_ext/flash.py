@@ -82,8 +82,10 @@ def make_plan(
     if dense or topk == 1:
         block_size = longest if dense else block_size
         return FlashPlan(dense, block_size, 0, 1, heads_k, tokens_q, heads_k, tokens_q)
-    # FlashAttention's deterministic backward has one thread block for all keys of a segment.
-    slots, segment_rows = topk - 1, max(1024, (2 if backward else 4) * block_size)
+    # FlashAttention's deterministic backward has one thread block for all keys of a segment: long
+    # ones leave the others waiting, short ones copy the block's keys more often.
+    slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
+    segment_rows = max(1024, most)
     num_blocks = tokens_k // block_size + batch
 
     def fits(heads: int, queries: int) -> bool:

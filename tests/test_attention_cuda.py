@@ -18,7 +18,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_auto_is_flash(dtype):
+def test_auto_is_flash(dtype, flash_attention):
     q, k, v = (torch.randn(1, 200, 2, 64, device="cuda", dtype=dtype) for _ in range(3))
     q.requires_grad_()
     results = []

@@ -4,7 +4,8 @@
 // in descending block order, so of equal scores the newcomer is the better one: it has the lower
 // block. A selection offers
 //   worst()           the key that a candidate must reach; kEmptyKey while there is room
-//   insert(key, id)   of any candidate; drops the worst entry or the candidate
+//   insert(key, id)   of any candidate; drops the worst entry or the candidate. Nothing happens
+//                     for (kEmptyKey, -1)
 //   store(...)        ids ascending, then -1, with their scores, then -inf
 // and kGroups: in groups of a lane's columns of a chunk that bound the K-th best from below, or 0.
 #pragma once
@@ -160,7 +161,7 @@ class Heap {
   __device__ int32_t worst() const { return worst_; }
 
   __device__ void insert(int32_t key, int32_t id) {
-    if (key < worst_) return;
+    if (key == kEmptyKey || key < worst_) return;
     if (count_ < slots_) {
       sift_up(count_++, {key, id});
     } else {
