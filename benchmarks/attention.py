@@ -37,6 +37,7 @@ from common import HEAD_DIM, ROWS, Row
 DEVICE = "cuda"
 MOBA, DENSE = "moba_ext", "dense cuDNN"
 DENSE_MOST = 524_288
+NOT_ASKED = "not asked for"
 STAGES = ("block_mean", "gate_topk", "route", "attend", "merge", "other")
 PHASES = {"forward": STAGES, "backward": STAGES[2:]}
 GB = 1e9
@@ -211,7 +212,7 @@ def run_row(name: str, others: dict[str, Callable], options: argparse.Namespace)
     row = ROWS[name]
     methods = {MOBA: attempt(moba(options.backend), row, options, staged=True)}
     if options.no_dense or row.tokens > DENSE_MOST:
-        why = "not asked for" if options.no_dense else f"above {DENSE_MOST:,} tokens, takes minutes"
+        why = NOT_ASKED if options.no_dense else f"above {DENSE_MOST:,} tokens, takes minutes"
         methods[DENSE] = {"skipped": why}
     else:
         methods[DENSE] = attempt(dense, row, options)
@@ -283,7 +284,7 @@ def table(results: dict) -> str:
         f"{row['row']} {method}: {found['skipped']}."
         for row in rows
         for method, found in row["methods"].items()
-        if "skipped" in found
+        if "skipped" in found and found["skipped"] != NOT_ASKED
     ]
     stages = [f"{MOBA}, ms of the kernels of each stage in one call:", stages_table(rows)]
     if not any(row["methods"][MOBA].get("stages_ms") for row in rows):

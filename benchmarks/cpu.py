@@ -107,7 +107,7 @@ def run(row: Row) -> dict:
     }
 
 
-def measure() -> dict:
+def measure(commit_name: str | None) -> dict:
     rows = []
     for row in ROWS:
         rows.append(run(row))
@@ -119,7 +119,7 @@ def measure() -> dict:
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
         "moba_ext": moba_ext.__version__,
-        "commit": commit("csrc"),
+        "commit": commit_name or commit("csrc"),
         "command": "python benchmarks/cpu.py",
         "rows": rows,
     }
@@ -171,12 +171,13 @@ def tables() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="cpu", help="of the result file (cpu)")
+    parser.add_argument("--commit", help="of the kernels, where the tree has no .git")
     parser.add_argument("--readme", action="store_true", help="write README.md's tables")
     options = parser.parse_args()
     if options.readme:
         put_into_readme("cpu.py", tables())
         return
-    results = measure()
+    results = measure(options.commit)
     write_results(options.name, results)
     print(table(results))
 

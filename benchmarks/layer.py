@@ -1,6 +1,7 @@
 """A decoder layer of Llama-3.1-8B's shape, random weights, on one GPU: MoBA against full attention.
 
     python benchmarks/layer.py --name h200_layer    writes benchmarks/results/h200_layer.json
+    python benchmarks/layer.py --readme             puts the tables of all results into README.md
 
 The layer as a user of Transformers has it: a Llama of one layer and no vocabulary to speak of, with
 ``register_moba``; the final norm and the rotary tables are in its time. Full attention is ``sdpa``
@@ -99,6 +100,20 @@ def table(results: dict) -> str:
     return common.markdown(header, lines)
 
 
+def tables() -> str:
+    """Of all committed results, with what is common to them."""
+    intro = (
+        f"A decoder layer of Llama-3.1-8B's shape ({SHAPE['num_attention_heads']}/"
+        f"{SHAPE['num_key_value_heads']} heads), random weights, MoBA with block {BLOCK_SIZE} and "
+        f"topk {TOPK} against `sdpa` by cuDNN, through Transformers; "
+        "`python benchmarks/layer.py`. Backward to the input and all weights."
+    )
+    parts = [intro]
+    for results in common.read_results("layer.py").values():
+        parts += [f"{results['gpu']}, commit {results['commit']}:", table(results)]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -106,7 +121,11 @@ def main() -> None:
     add("--repeats", type=common.positive, default=10, help="runs; at least 3 if over 3 s (10)")
     add("--name", default="layer", help="of the result file (layer)")
     add("--commit", help="of the kernels, where the tree has no .git")
+    add("--readme", action="store_true", help="write README.md's tables")
     options = parser.parse_args()
+    if options.readme:
+        common.put_into_readme("layer.py", tables())
+        return
     common.require_gpu(parser, options.backend)
     results = run(options)
     print(json.dumps(results))

@@ -235,7 +235,7 @@ def test_select_blocks_call():
         ({"heads_k": 3}, ValueError, "heads_q is 4, must be a multiple of heads_k, 3"),
         ({"head_dim": 0}, ValueError, "head_dim is 0, must be an int >= 1"),
         ({"dtype": "bf16"}, TypeError, "dtype is 'bf16', must be a torch.dtype"),
-        ({"backend": "flash"}, ValueError, "backend is 'flash', which is not available"),
+        ({"backend": "sm90"}, ValueError, "backend is 'sm90', which is not available"),
     ],
 )
 def test_plan_call(changes, error, message):
