@@ -14,6 +14,7 @@ model that was not trained with MoBA loses quality with it.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import sysconfig
 import time
@@ -238,10 +239,13 @@ def read_and_continue(model: nn.Module, tokens: list[int], args: argparse.Namesp
 
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     ids, cache = torch.tensor([tokens], device=args.device), DynamicCache(config=model.config)
+    # Its name since Transformers 5.24, and before.
+    renamed = "cache" in inspect.signature(decoder.forward).parameters
+    cached = {"cache" if renamed else "past_key_values": cache, "use_cache": True}
     decoder(ids[:, : 2 * args.moba_chunk_size], use_cache=False)
     with layer_bar(decoder), last_queries(model) as queries:
         start = clock(args)
-        hidden = decoder(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        hidden = decoder(ids, **cached).last_hidden_state[0]
         token = head(hidden[-1:]).argmax(-1)
         run = Run(clock(args) - start, hidden, [int(token)])
     if model.config._attn_implementation.startswith("moba"):
@@ -251,7 +255,7 @@ def read_and_continue(model: nn.Module, tokens: list[int], args: argparse.Namesp
     for _ in tqdm(range(args.max_new_tokens - 1), "decoding", delay=1, disable=None):
         if run.tokens[-1] in (end if isinstance(end, list) else [end]):
             break
-        step = decoder(token[None], past_key_values=cache, use_cache=True)
+        step = decoder(token[None], **cached)
         token = head(step.last_hidden_state[0]).argmax(-1)
         run.tokens.append(int(token))
     run.decode_seconds = clock(args) - start

@@ -309,7 +309,8 @@ def _reject_unsupported(module: nn.Module, dropout: float, kwargs: dict) -> None
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise _unsupported("is_causal=False", "use attn_implementation='sdpa'")
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "cache"):
+    # read_index: where in a paged cache the keys are.
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "read_index"):
         if kwargs.get(name) is not None:
             raise _unsupported(f"the attention argument {name}", "use attn_implementation='eager'")
 

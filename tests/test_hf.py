@@ -459,7 +459,9 @@ def test_sliding_window():
         logits(model, random_tokens(1, LENGTH))
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "position_bias", "cache"])
+@pytest.mark.parametrize(
+    "name", ["sliding_window", "softcap", "s_aux", "position_bias", "read_index"]
+)
 def test_attention_arguments_that_moba_lacks(name):
     model = tiny_model(attn="moba")
     with pytest.raises(ValueError, match=rf"the attention argument {name}:"):
