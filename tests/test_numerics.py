@@ -57,11 +57,11 @@ def test_a_tile_of_small_values_has_its_own_budget():
     exact = torch.ones(200, 2, 8, dtype=torch.float64)
     exact[64:] = 1e-3
     plain = exact.bfloat16()
-    assert_tiles_within_budget([plain], [exact], [plain], "x")
+    assert_tiles_within_budget(plain, exact, plain, "x")
     wrong = plain.clone()
     wrong[128:192, 1] *= 1.1
     with pytest.raises(AssertionError, match="error of a tile"):
-        assert_tiles_within_budget([wrong], [exact], [plain], "x")
+        assert_tiles_within_budget(wrong, exact, plain, "x")
 
 
 @pytest.mark.parametrize("kind", INPUTS)
