@@ -144,10 +144,12 @@ def _check_max_seqlen(name: str, max_seqlen: object, cu_seqlens: Tensor) -> None
 
 def _values_visible(tensor: Tensor) -> bool:
     """Values are read where that costs no sync and breaks no graph, and under MOBA_DEBUG=1."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling():
         return False
-    debug = os.environ.get("MOBA_DEBUG") == "1" and tensor.device.type != "meta"
-    return tensor.device.type == "cpu" or debug
+    device = tensor.device.type
+    if device != "cpu" and (device == "meta" or os.environ.get("MOBA_DEBUG") != "1"):
+        return False
+    return not isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _shown(tensor: Tensor) -> str:

@@ -13,24 +13,36 @@ Sources: arXiv 2502.13189, algorithm 1; arXiv 2307.08691 (FlashAttention-2).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from . import varlen
+from . import reference, varlen
 
-WORKSPACE_BYTES = 3 << 29
-"""Bound on what a group holds beside inputs and outputs; assign to change it. A group is never
-less than one KV head and as many queries as fill the lists of its blocks, which exceeds the bound
-where the keys alone do."""
+WORKSPACE_BYTES: int | None = None
+"""Bound on what the groups that run at once hold beside inputs and outputs; assign to change it.
+
+None: 1.5 GiB, or 3/8 of what q, k, v, out and in the backward their gradients take, whichever is
+more. At least one KV head and as many queries as fill the lists of its blocks are held, which
+exceeds the bound where the keys alone do.
+"""
 
 _ROW_TILE = 128  # rows of a FlashAttention tile
 
 # The stages in C++ and CUDA.
 _stages = torch.ops.moba
+
+
+def _stage(name: str) -> contextlib.AbstractContextManager:
+    """The range of a stage for a profiler; without one a range costs 0.01 ms of the host."""
+    if torch.autograd._profiler_enabled():
+        return record_function(f"moba::{name}")
+    return contextlib.nullcontext()
 
 
 class FlashPlan(NamedTuple):
@@ -41,6 +53,7 @@ class FlashPlan(NamedTuple):
     slots: past blocks per query that are routed, 0 where dense or topk is 1: then no group is.
     segment_rows: most rows of a segment of a block's list; fewer in the backward.
     heads_per_group, queries_per_group: what is routed and merged at a time.
+    at_once: groups of heads that run at the same time, on two streams.
     """
 
     dense: bool
@@ -51,12 +64,40 @@ class FlashPlan(NamedTuple):
     queries_per_group: int
     heads: int
     queries: int
+    at_once: int
 
     def head_ranges(self) -> list[tuple[int, int]]:
         return varlen.ranges(self.heads, self.heads_per_group)
 
     def query_ranges(self) -> list[tuple[int, int]]:
         return varlen.ranges(self.queries, self.queries_per_group)
+
+
+@functools.cache
+def _second_stream(first: torch.cuda.Stream) -> torch.cuda.Stream:
+    return torch.cuda.Stream(first.device)
+
+
+def _take_turns(run: Callable, groups: list[tuple], at_once: int, device: torch.device) -> None:
+    """Run the groups on the current stream, or by turns on it and a second one.
+
+    FlashAttention's last thread blocks leave most multiprocessors idle: the other group's work runs
+    there. What a group allocates belongs to its stream, so its memory is not used again by the
+    other; what both use was there before and outlives the last wait.
+    """
+    if at_once == 1:
+        for group in groups:
+            run(*group)
+        return
+    first = torch.cuda.current_stream(device)
+    second = _second_stream(first)
+    second.wait_stream(first)
+    try:
+        for i, group in enumerate(groups):
+            with torch.cuda.stream((first, second)[i % 2]):
+                run(*group)
+    finally:
+        first.wait_stream(second)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -76,38 +117,58 @@ def make_plan(
     *,
     backward: bool,
 ) -> FlashPlan:
-    """Plan a call from its sizes: the fewest groups of equal size that stay in WORKSPACE_BYTES."""
+    """Plan a call from its sizes: the fewest groups of equal size that stay in the bound."""
     longest = max(min(max_seqlen_k, tokens_k), 1)
     dense = topk * block_size >= longest
     if dense or topk == 1:
         block_size = longest if dense else block_size
-        return FlashPlan(dense, block_size, 0, 1, heads_k, tokens_q, heads_k, tokens_q)
+        return FlashPlan(dense, block_size, 0, 1, heads_k, tokens_q, heads_k, tokens_q, 1)
     # FlashAttention's deterministic backward has one thread block for all keys of a segment: long
     # ones leave the others waiting, short ones copy the block's keys more often.
     slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
     segment_rows = max(1024, most)
-    num_blocks = tokens_k // block_size + batch
+    group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
+    bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward)
 
-    def fits(heads: int, queries: int) -> bool:
-        entries = heads * queries * (heads_q // heads_k) * slots
+    def fits(heads: int, queries: int, at_once: int) -> bool:
+        entries = heads * queries * group * slots
         segments = heads * num_blocks + _ceil_div(entries, segment_rows)
-        sizes = _group_bytes(entries, segments, block_size, head_dim, backward)
         return (
-            sizes <= WORKSPACE_BYTES
+            at_once * _group_bytes(entries, segments, block_size, head_dim, backward) <= bound
             and entries < 2**31
             and segments <= min(varlen.MAX_SEQUENCES, (2**31 - 1) // block_size)
             and 2 * heads * tokens_k < 2**31
         )
 
-    sets = next((n for n in range(1, heads_k) if fits(_ceil_div(heads_k, n), tokens_q)), heads_k)
-    heads = _ceil_div(heads_k, sets)
-    queries = tokens_q
-    if heads == 1:
+    def plan(at_once: int) -> FlashPlan:
+        counts = (_ceil_div(heads_k, sets) for sets in range(1, heads_k))
+        heads = next((n for n in counts if fits(n, tokens_q, at_once)), 1)
         # Shorter ranges copy each block's keys for ever fewer rows: a tile per list is the least.
-        least = _ceil_div(_ROW_TILE * num_blocks, heads_q // heads_k * slots)
-        while queries > least and not fits(1, queries):
-            queries = max(_ceil_div(queries, 2), least)
-    return FlashPlan(False, block_size, slots, segment_rows, heads, queries, heads_k, tokens_q)
+        least = _ceil_div(_ROW_TILE * num_blocks, group * slots)
+        parts = (_ceil_div(tokens_q, n) for n in range(1, _ceil_div(tokens_q, least)))
+        queries = next((n for n in parts if fits(heads, n, at_once)), min(least, tokens_q))
+        sizes = slots, segment_rows, heads, queries, heads_k, tokens_q
+        return FlashPlan(False, block_size, *sizes, at_once)
+
+    one = plan(1)
+    if not backward or one.heads_per_group == heads_k:
+        return one
+    # Two at once cost shorter ranges where one fills the workspace. That pays where a thread block
+    # takes all keys of a segment in turn: such are few and long.
+    two = plan(2)
+    pays = two.queries_per_group == one.queries_per_group or varlen.needs_order(
+        block_size, head_dim
+    )
+    return two if pays and fits(two.heads_per_group, two.queries_per_group, 2) else one
+
+
+def _workspace_bytes(
+    tokens_q: int, tokens_k: int, heads_q: int, heads_k: int, head_dim: int, backward: bool
+) -> int:
+    if WORKSPACE_BYTES is not None:
+        return WORKSPACE_BYTES
+    q_out_k_v = 4 * head_dim * (heads_q * tokens_q + heads_k * tokens_k)
+    return max(3 << 29, (2 if backward else 1) * q_out_k_v * 3 // 8)
 
 
 def _group_bytes(
@@ -174,7 +235,7 @@ def planned_sizes(
             )
         else:  # the lse of all heads
             own = 4 * heads_q * tokens_q
-        sizes.append(own + routed)
+        sizes.append(plan.at_once * (own + routed))
     plan = plans[0]
     return {
         "dense": plan.dense,
@@ -257,23 +318,26 @@ def forward(
     tokens_k, heads_k, _ = k.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     q, k, v = (varlen.aligned(x) for x in (q, k, v))
-    with record_function("moba::block_mean"):
-        kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
-    with record_function("moba::gate_topk"):
-        ids = _stages.gate_topk(
-            *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
-        )[0]
     lse = q.new_empty(heads_q, tokens_q, dtype=torch.float32)
     if tokens_q == 0 or tokens_k == 0:
+        slots = reference.num_slots(max_seqlen_k, block_size, topk)
+        ids = q.new_full((tokens_q, heads_q, slots), -1, dtype=torch.int32)
         return q.new_zeros(q.shape), lse.fill_(-torch.inf), ids
     plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
-    with record_function("moba::route"):
+    with _stage("route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
             plan.block_size,
         )
-    with record_function("moba::attend"):
+    # First, so that a short call's device has work while the host launches the gate and routing.
+    with _stage("attend"):
         own_out, own_lse = varlen.forward(q, k, v, own.sequences, scale, causal=True)
+    with _stage("block_mean"):
+        kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
+    with _stage("gate_topk"):
+        ids = _stages.gate_topk(
+            *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
+        )[0]
     # merge writes a row of out after it has read that of the own block: one buffer serves both,
     # unless FlashAttention gave it the strides of q.
     out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
@@ -281,12 +345,12 @@ def forward(
     def run_group(heads: tuple[int, int], queries: tuple[int, int]) -> None:
         group = (*heads, *queries)
         if plan.slots:
-            with record_function("moba::route"):
+            with _stage("route"):
                 routed = _route(ids, k, v, cu_seqlens_q, cu_seqlens_k, own, plan, group)
                 rows = _stages.flash_gather(
                     [q], None, routed.entries, routed.offsets, heads_k, *group
                 )[0]
-            with record_function("moba::attend"):
+            with _stage("attend"):
                 part_out, part_lse = varlen.forward(
                     rows, routed.k, routed.v, routed.sequences, scale, causal=False
                 )
@@ -295,7 +359,7 @@ def forward(
             positions, part_lse = ids.new_empty(0), lse.new_empty(0)
             part_out = q.new_empty(0, 1, head_dim)
         own_heads = slice(*(h * (heads_q // heads_k) for h in heads))
-        with record_function("moba::merge"):
+        with _stage("merge"):
             _stages.flash_merge(
                 *(positions, part_out, part_lse, own_out[:, own_heads], own_lse[own_heads]),
                 *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
@@ -337,8 +401,9 @@ def backward(
     # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
     no_keys = lse.isneginf()
     lse = lse.masked_fill(no_keys, torch.inf)
-    dlse = None if dlse is None else varlen.lse_grad(dlse, no_keys, q)
-    with record_function("moba::route"):
+    if dlse is not None:
+        out, dlse = varlen.lse_grad(dlse, no_keys, dout, out)
+    with _stage("route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
             plan.block_size,
@@ -349,7 +414,7 @@ def backward(
         of_k = slice(*heads)
         of_q = slice(*(h * (heads_q // heads_k) for h in heads))
         own_dlse = None if dlse is None else dlse._replace(dout=dlse.dout[:, of_q])
-        with record_function("moba::attend"):
+        with _stage("attend"):
             own_dq, *own_dkv = varlen.backward(
                 *(dout[:, of_q], own_dlse, q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q]),
                 *(lse[of_q], own.sequences, scale, True),
@@ -364,7 +429,7 @@ def backward(
     def run_group(heads, queries, own_dq, own_keys, sums) -> None:
         group = (*heads, *queries)
         if plan.slots:
-            with record_function("moba::route"):
+            with _stage("route"):
                 routed = _route(block_ids, k, v, *batch[:2], own, plan, group)
                 rows = routed.entries, routed.offsets, heads_k, *group
                 q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather(
@@ -375,7 +440,7 @@ def backward(
                     part_dlse = dlse._replace(
                         dout=_stages.flash_gather([dlse.dout], None, *rows)[0]
                     )
-            with record_function("moba::attend"):
+            with _stage("attend"):
                 part_dq, *part_dkv = varlen.backward(
                     *(dout_rows, part_dlse, q_rows, routed.k, routed.v, out_rows),
                     *(lse_rows[None], routed.sequences, scale, False),
@@ -387,7 +452,7 @@ def backward(
             positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
             part_dq = q.new_empty(0, 1, head_dim)
             part_dkv = part_dq, part_dq
-        with record_function("moba::merge"):
+        with _stage("merge"):
             _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
             _stages.flash_reduce_keys(
                 *(segment_offsets, *part_dkv, *own_keys, plan.block_size),
@@ -395,6 +460,5 @@ def backward(
                 *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
             )
 
-    for heads in plan.head_ranges():
-        run_heads(heads)
+    _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)
     return dq, dk, dv

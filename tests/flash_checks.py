@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 from numerics import (
     Case,
@@ -17,7 +18,7 @@ from numerics import (
 )
 from torch import Tensor
 
-from moba_ext import reference
+from moba_ext import flash, reference
 
 DEVICE, BACKEND = "cuda", "flash"
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -117,6 +118,18 @@ def assert_same_bits(a: Result, b: Result, names: tuple[str, ...] = Result._fiel
     for name in names:
         x, y = getattr(a, name), getattr(b, name)
         assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} values differ"
+
+
+def two_at_once(case: Case) -> int:
+    """A workspace of which the backward gives halves to two groups of heads, on two streams."""
+    sizes = len(case.lengths_q), sum(case.lengths_q), sum(case.lengths_k), case.max_seqlen_k
+    sizes += case.heads_q, case.heads_k, case.head_dim, case.block_size, case.topk
+    with pytest.MonkeyPatch.context() as patch:
+        for workspace in (int(2**34 * 0.9**i) for i in range(150)):
+            patch.setattr(flash, "WORKSPACE_BYTES", workspace)
+            if flash.make_plan(*sizes, backward=True).at_once == 2:
+                return workspace
+    raise AssertionError(f"{case} never runs two groups at once")
 
 
 @contextlib.contextmanager

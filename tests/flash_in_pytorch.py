@@ -221,3 +221,9 @@ def backward_call(dout, q, k, v, out, lse, sequences, scale, causal, dq=None):
         for grad, place, result in zip(grads, (rows, keys, keys), results):
             grad[place] = result.to(grad.dtype)
     return tuple(grads)
+
+
+def take_turns(run, groups, at_once, device):
+    """Without streams."""
+    for group in groups:
+        run(*group)

@@ -13,6 +13,7 @@ from flash_checks import (
     hot_inputs,
     random_inputs,
     run,
+    two_at_once,
     upstream,
 )
 from flash_stages import head_major
@@ -21,16 +22,20 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import moba_ext
+from moba_ext import flash
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
 BOTH = pytest.mark.parametrize("flash_attention", ["aten", "package"], indirect=True)
 RAGGED = self_attention([500, 0, 33, 1500, 15], 8, 2, 128, 64, 3)
-CASES = [
-    RAGGED,
-    RAGGED._replace(topk=1),
-    RAGGED._replace(topk=100),  # dense
-    self_attention(3000, 4, 4, 128, 512, 3),
+LARGE_BLOCKS = self_attention(3000, 4, 4, 128, 512, 3)
+CASES = [  # and whether two groups of heads run at once
+    (RAGGED, False),
+    (RAGGED._replace(heads_k=4), True),
+    (RAGGED._replace(topk=1), False),
+    (RAGGED._replace(topk=100), False),  # dense
+    (LARGE_BLOCKS, False),
+    (LARGE_BLOCKS, True),
 ]
 OPCHECKS = (
     "test_schema",
@@ -45,9 +50,15 @@ def op_args(case: Case, inputs):
     return *inputs, *case.cu_seqlens(inputs[0].device), *sizes
 
 
+@pytest.fixture
+def in_turn(case, two, monkeypatch):
+    if two:
+        monkeypatch.setattr(flash, "WORKSPACE_BYTES", two_at_once(case))
+
+
 @BOTH
-@pytest.mark.parametrize("case", CASES)
-def test_graph_of_forward_and_backward(flash_attention, case):
+@pytest.mark.parametrize(("case", "two"), CASES)
+def test_graph_of_forward_and_backward(flash_attention, case, two, in_turn):
     """Captured once, replayed with other inputs and other sequences of the same total length."""
     inputs = [x.requires_grad_() for x in random_inputs(case, torch.bfloat16)]
     douts = upstream(case, torch.bfloat16)
@@ -104,8 +115,8 @@ def events_within(function) -> tuple[list[str], list[str]]:
 
 
 @BOTH
-@pytest.mark.parametrize("case", CASES)
-def test_nothing_waits_for_the_device(flash_attention, case):
+@pytest.mark.parametrize(("case", "two"), CASES)
+def test_nothing_waits_for_the_device(flash_attention, case, two, in_turn):
     inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
     cu_seqlens = case.cu_seqlens(DEVICE)
 
@@ -129,10 +140,20 @@ def test_nothing_waits_for_the_device(flash_attention, case):
         torch.cuda.set_sync_debug_mode("default")
 
 
+LONG = self_attention(4096, 4, 2, 128, 64, 3)
+
+
 @BOTH
-@pytest.mark.parametrize("topk", [1, 3, 100])
-def test_runs_on_the_current_stream(flash_attention, topk):
-    case = self_attention(4096, 4, 2, 128, 64, topk)
+@pytest.mark.parametrize(
+    ("case", "two"),
+    [
+        (LONG._replace(topk=1), False),
+        (LONG, False),
+        (LONG._replace(heads_k=4), True),
+        (LONG._replace(topk=99), False),
+    ],
+)
+def test_runs_on_the_current_stream(flash_attention, case, two, in_turn):
     inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
     cu_seqlens = case.cu_seqlens(DEVICE)
     wanted = run(case, inputs, douts, cu_seqlens)
@@ -143,8 +164,24 @@ def test_runs_on_the_current_stream(flash_attention, topk):
         for x, y in zip(late, inputs):
             x.copy_(y)
         got = run(case, late, douts, cu_seqlens)
+        copies = [x.clone() for x in got]
     stream.synchronize()
-    assert_same_bits(got, wanted)
+    assert_same_bits(Result(*copies), wanted)
+
+
+@BOTH
+def test_two_groups_at_once_share_no_memory(flash_attention, monkeypatch):
+    """Bit for bit as one after the other, with the device far behind the host."""
+    case = self_attention(8192, 8, 8, 128, 128, 8)
+    inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
+    monkeypatch.setattr(flash, "WORKSPACE_BYTES", two_at_once(case))
+    for _ in range(3):
+        torch.cuda._sleep(50_000_000)
+        got = run(case, inputs, douts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flash, "_take_turns", lambda f, groups, *_: [f(*x) for x in groups])
+            wanted = run(case, inputs, douts)
+        assert_same_bits(got, wanted)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

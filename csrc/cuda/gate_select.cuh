@@ -5,7 +5,7 @@
 // block. A selection offers
 //   worst()           the key that a candidate must reach; kEmptyKey while there is room
 //   insert(key, id)   of any candidate; drops the worst entry or the candidate. Nothing happens
-//                     for (kEmptyKey, -1)
+//                     for kNoKey
 //   store(...)        ids ascending, then -1, with their scores, then -inf
 // and kGroups: in groups of a lane's columns of a chunk that bound the K-th best from below, or 0.
 #pragma once
@@ -16,8 +16,9 @@
 
 namespace moba::cuda {
 
-constexpr int32_t kEmptyKey = INT_MIN;
-constexpr int32_t kNanKey = INT_MIN + 1;
+constexpr int32_t kNoKey = INT_MIN;
+constexpr int32_t kEmptyKey = INT_MIN + 1;
+constexpr int32_t kNanKey = INT_MIN + 2;
 constexpr int32_t kUnusedKey = INT_MAX;  // above +inf
 
 inline __device__ int32_t key_of(float score) {
@@ -54,16 +55,14 @@ class List {
   __device__ int32_t worst() const { return key_[kSlots - 1]; }
 
   __device__ void insert(int32_t key, int32_t id) {
+// Every slot from the old values of it and the one above: no chain through the list.
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      // The better of the two stays here, the other moves on.
-      const bool above = key >= key_[i];
-      const int32_t low = min(key, key_[i]), low_id = above ? id_[i] : id;
-      key_[i] = max(key, key_[i]);
-      id_[i] = above ? id : id_[i];
-      key = low;
-      id = low_id;
+    for (int i = kSlots - 1; i > 0; --i) {
+      id_[i] = key >= key_[i - 1] ? id_[i - 1] : key >= key_[i] ? id : id_[i];
+      key_[i] = max(key_[i], min(key_[i - 1], key));
     }
+    id_[0] = key >= key_[0] ? id : id_[0];
+    key_[0] = max(key_[0], key);
   }
 
   __device__ void store(int slots, const RowOutput& to) {
@@ -161,7 +160,7 @@ class Heap {
   __device__ int32_t worst() const { return worst_; }
 
   __device__ void insert(int32_t key, int32_t id) {
-    if (key == kEmptyKey || key < worst_) return;
+    if (key == kNoKey || key < worst_) return;
     if (count_ < slots_) {
       sift_up(count_++, {key, id});
     } else {

@@ -26,7 +26,8 @@ constexpr int kWarps = kGateThreads / 32;
 constexpr unsigned kAllLanes = ~0u;
 constexpr int kMaxListSlots = 32;
 static_assert(kTileBlocks == 64 && kChunkBlocks == 32, "a row's survivors are bits of two words");
-// Columns of the buffer, 2 more than needed: 4 rows x 4 pairs of columns, 8 apart, meet all banks.
+// Columns of the buffer, 2 more than needed: 4 rows x 4 pairs of columns, 8 apart, meet all banks,
+// and drain may read the one after the last.
 constexpr int kPitch = kTileBlocks + 2;
 
 // A row as the whole thread block sees it.
@@ -42,9 +43,8 @@ template <typename S, typename Best>
 struct Shared {
   static constexpr int kWarpRows = S::kRowGroups * 8;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kMasks = 2 * S::kStageBytes;  // byte [warp][chunk][row][t]
-  // float [row][kPitch]; drain may read the element before
-  static constexpr int kScores = kMasks + kRows * kTileBlocks / 8;
+  static constexpr int kMasks = 2 * S::kStageBytes;  // byte [warp][chunk][row][3 - t]
+  static constexpr int kScores = kMasks + kRows * kTileBlocks / 8;  // float [row][kPitch]
   static constexpr int kRowTable = kScores + kRows * kPitch * 4;
   static constexpr int kHeap = kRowTable + kRows * static_cast<int>(sizeof(Row));
 
@@ -104,6 +104,21 @@ __device__ void store_invalid(const RowOutput& to, int64_t slots) {
     to.ids[i] = -1;
     if (to.scores != nullptr) to.scores[i] = NAN;
   }
+}
+
+// -1 of 0.
+__device__ int highest_bit(uint32_t bits) {
+  int result;
+  asm("bfind.u32 %0, %1;" : "=r"(result) : "r"(bits));
+  return result;
+}
+
+// Volatile, or the compiler moves it behind the insertion that it should run ahead of. Through a
+// generic pointer each load would build its address anew, 4 % of the kernel.
+__device__ float load_score(uint32_t row, int column) {
+  float result;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(result) : "r"(row + column * 4));
+  return result;
 }
 
 __device__ float min_or_nan(float a, float b) {
@@ -173,7 +188,7 @@ class Selector {
       uint32_t survivors = 0;
       if (owner()) {
         survivors = reinterpret_cast<const uint32_t*>(masks_)[chunk * kWarpRows + lane()] &
-                    first_bits(past_ - column);
+                    first_columns(past_ - column);
       }
       if (chunk == 1) {
         upper = survivors;
@@ -199,8 +214,8 @@ class Selector {
     filling_ = __any_sync(kAllLanes, isnan(threshold_));
   }
 
-  static __device__ uint32_t first_bits(int count) {
-    return count <= 0 ? 0 : ~uint32_t{0} >> (32 - min(count, 32));
+  static __device__ uint32_t first_columns(int count) {
+    return count <= 0 ? 0 : ~uint32_t{0} << (32 - min(count, 32));
   }
 
   __device__ void push(const float (&s)[kRowGroups][kLaneBlocks], int first, int chunk) {
@@ -221,14 +236,14 @@ class Selector {
       }
     }
     float* const buffer = buffer_ + g * kPitch + chunk * kChunkBlocks + t * kLaneBlocks;
-    uint8_t* const masks = masks_ + (chunk * kWarpRows + g) * 4 + t;
+    uint8_t* const masks = masks_ + (chunk * kWarpRows + g) * 4 + 3 - t;
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) {
       // The sign of s - threshold, as a bit: a comparison would take two instructions of the unit
       // that has most to do here. NaN, from NaN or equal infinities, comes out positive.
       uint32_t below = 0;
 #pragma unroll
-      for (int b = kLaneBlocks - 1; b >= 0; --b) {
+      for (int b = 0; b < kLaneBlocks; ++b) {
         below = __funnelshift_l(__float_as_uint(s[i][b] - threshold[i]), below, 1);
       }
       masks[i * 32] = static_cast<uint8_t>(~below);
@@ -239,28 +254,35 @@ class Selector {
     }
   }
 
-  // Inserts the marked columns of the lane's row. The load of a score runs ahead of the insertion
-  // before it; volatile, or the compiler moves it behind. The warp stays together, as leaving the
-  // loop one by one would cost as much as a third of the insertions.
+  // Inserts the marked columns of the lane's row, the newest first: bit 31 - c of a word is column
+  // c. The load of a score runs ahead of the insertion before it. The warp stays together for as
+  // long as its fullest row takes: leaving the loop one by one, or voting in each turn, costs more.
   __device__ void drain(uint32_t high, uint32_t low, int first) {
-    const volatile float* const row = buffer_ + lane() % kWarpRows * kPitch;
+    const uint32_t row =
+        static_cast<uint32_t>(__cvta_generic_to_shared(buffer_ + lane() % kWarpRows * kPitch));
     uint32_t mask = high != 0 ? high : low;
-    if (high == 0) low = 0;
-    int base = high != 0 ? kChunkBlocks : 0;
-    int column =
-        base + 31 - __clz(static_cast<int>(mask));  // the newest; base - 1 if there is none
-    float score = row[column];
-    while (__any_sync(kAllLanes, mask != 0)) {
-      const bool marked = mask != 0;
-      const int32_t key = marked ? key_of(score) : kEmptyKey, id = marked ? first + column : -1;
-      if (marked) mask ^= 1u << (column - base);
+    uint32_t rest = high != 0 ? low : 0;
+    int last = high != 0 ? kTileBlocks - 1 : kChunkBlocks - 1;  // column of the lowest bit
+    int column = 0;
+    bool marked = false;
+    float score = 0.0f;
+    const auto advance = [&] {
+      const uint32_t bit = mask & (0 - mask);
+      marked = bit != 0;
+      column = last - highest_bit(bit);  // last + 1 if there is none
+      score = load_score(row, column);
+      mask ^= bit;
       if (mask == 0) {
-        mask = low;
-        low = 0;
-        base = 0;
+        mask = rest;
+        rest = 0;
+        last = kChunkBlocks - 1;
       }
-      column = base + 31 - __clz(static_cast<int>(mask));
-      score = row[column];
+    };
+    int turns = __reduce_max_sync(kAllLanes, __popc(high) + __popc(low));
+    advance();
+    for (; turns > 0; --turns) {
+      const int32_t key = marked ? key_of(score) : kNoKey, id = first + column;
+      advance();
       best_.insert(key, id);
     }
     __syncwarp();
