@@ -142,12 +142,19 @@ class Trial:
 
 
 def _extra_bytes(function: Callable) -> tuple[int, object]:
-    """Peak memory of a call beyond what was there and what it returns; and that."""
+    """Peak memory of a call beyond what was there and what it returns; and that.
+
+    What a second stream still uses torch counts as free, but not as unreserved.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     result = function()
     returned = sum(x.nbytes for x in ([result] if isinstance(result, Tensor) else result))
-    return torch.cuda.max_memory_allocated() - before - returned, result
+    allocated = torch.cuda.max_memory_allocated() - allocated
+    reserved = torch.cuda.max_memory_reserved() - reserved
+    return max(allocated, reserved) - returned, result
 
 
 def stage_ms(events: list[dict]) -> dict[str, dict[str, float]] | None:

@@ -398,11 +398,10 @@ def backward(
     plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
-    no_keys = lse.isneginf()
-    lse = lse.masked_fill(no_keys, torch.inf)
     if dlse is not None:
-        out, dlse = varlen.lse_grad(dlse, no_keys, dout, out)
+        out, dlse = varlen.lse_grad(dlse, lse.isneginf(), dout, out)
+    # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
+    lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     with _stage("route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
