@@ -15,6 +15,7 @@ sys.exit(ops.cuda_status() or (None if torch.cuda.is_available() else "no GPU is
 
 # Every tensor its own allocation: else a neighbour in torch's pool hides an access out of bounds.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+export OMP_NUM_THREADS=2  # for each of the processes below
 
 # Tests by name, of all files below; the -k expression of pytest.
 tests() {
@@ -40,15 +41,18 @@ for tool; do
   # Shared memory races of other libraries are not ours to report, and slow to look for.
   [[ $tool != racecheck ]] || options+=(--kernel-name kns=moba)
   echo "== $tool"
-  # A process per file, side by side: the tools are slow on the host.
+  # Side by side: the tools are slow on the host.
   pids=()
-  stages=(block_mean gate_topk route gather merge)
-  [[ $tool == racecheck ]] || stages+=(flash)  # its kernels are those of the others
-  for stage in "${stages[@]}"; do
+  run() {  # stage, expression
     compute-sanitizer "${options[@]}" "$python" -m pytest -q -x -p no:cacheprovider -m gpu \
-      -k "$selected" "test_${stage}_cuda.py" >"$logs/$stage" 2>&1 &
+      -k "$2" "test_$1_cuda.py" >"$logs/$1.${#pids[@]}" 2>&1 &
     pids+=($!)
-  done
+  }
+  for stage in block_mean gate_topk route gather merge; do run "$stage" "$selected"; done
+  if [[ $tool == memcheck ]]; then  # all of it; racecheck has seen its kernels
+    run flash "($selected) and invalid_offsets"
+    run flash "($selected) and not invalid_offsets"
+  fi
   failed=0
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   tail -n +1 "$logs"/*
