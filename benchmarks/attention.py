@@ -315,8 +315,8 @@ def tables() -> str:
     intro = (
         f"bfloat16, head_dim {HEAD_DIM}, one causal sequence; `python benchmarks/attention.py`. "
         "Forward includes the gate and saves what the backward needs; dense is PyTorch's full "
-        "causal attention by cuDNN; extra GB is the peak of memory beyond inputs and results. Stages of "
-        "groups that run at once overlap and add up to more than the time."
+        "causal attention by cuDNN; extra GB is the peak of memory beyond inputs and results. "
+        "Stages of groups that run at once overlap and add up to more than the time."
     )
     return "\n\n".join([intro, *(table(results) for results in committed.values())])
 
