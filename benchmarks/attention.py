@@ -232,8 +232,8 @@ def run(options: argparse.Namespace) -> dict:
     """Measures; the results of the rows so far are always on disk."""
     torch.manual_seed(0)
     results = {
-        **common.facts("python benchmarks/attention.py", options.commit),
-        **{"inputs": options.inputs, "backend": options.backend, "rows": []},
+        **common.facts("python benchmarks/attention.py", options.backend, options.commit),
+        **{"inputs": options.inputs, "rows": []},
     }
     others = peers()
     for name in options.rows:
@@ -323,10 +323,10 @@ def tables() -> str:
 
 def check() -> int:
     """Says of every committed CUDA result whether these kernels made it; 1 if one is stale."""
-    digest, stale = common.kernels_sha256(), 0
+    stale = 0
     made = {name: x for name, x in common.read_results("").items() if "kernels_sha256" in x}
     for name, results in made.items():
-        same = results["kernels_sha256"] == digest
+        same = results["kernels_sha256"] == common.kernels_sha256(results["backend"])
         stale += not same
         which = "these kernels" if same else "OTHER kernels: measure again"
         print(f"benchmarks/results/{name}, commit {results['commit']}: made by {which}")

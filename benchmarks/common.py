@@ -117,10 +117,12 @@ def commit(*paths: str) -> str:
     return name + ("+" if changed else "")
 
 
-def kernels_sha256() -> str:
-    """Of the names and contents of what decides the speed on CUDA."""
+def kernels_sha256(backend: str) -> str:
+    """Of the names and contents of what decides the speed of a backend on CUDA."""
     kinds = (".cu", ".cuh", ".cpp", ".h")
     files = [file for file in (ROOT / "csrc/cuda").rglob("*") if file.suffix in kinds]
+    if backend == "flash":
+        files = [file for file in files if file.parent.name != "sm90"]
     files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py", ROOT / "moba_ext/varlen.py"]
     total = hashlib.sha256()
     for file in sorted(files):
@@ -129,7 +131,7 @@ def kernels_sha256() -> str:
     return total.hexdigest()
 
 
-def facts(command: str, commit_name: str | None) -> dict:
+def facts(command: str, backend: str, commit_name: str | None) -> dict:
     """Where, by what and of what CUDA results are; commit_name where the tree has no .git."""
     flash_attention = "the FlashAttention 2 inside torch"
     if varlen.package() is not None:
@@ -137,7 +139,8 @@ def facts(command: str, commit_name: str | None) -> dict:
     return {
         "command": command,
         "commit": commit_name or commit("csrc", "moba_ext"),
-        "kernels_sha256": kernels_sha256(),
+        "kernels_sha256": kernels_sha256(backend),
+        "backend": backend,
         "gpu": torch.cuda.get_device_name(),
         "driver": driver(),
         "cuda": torch.version.cuda,

@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> dict:
     register_moba(MoBAConfig(BLOCK_SIZE, TOPK, backend=options.backend))
     model = one_layer()
     results = {
-        **common.facts("python benchmarks/layer.py", options.commit),
-        **{"backend": options.backend, **SHAPE, "block_size": BLOCK_SIZE, "topk": TOPK, "rows": []},
+        **common.facts("python benchmarks/layer.py", options.backend, options.commit),
+        **{**SHAPE, "block_size": BLOCK_SIZE, "topk": TOPK, "rows": []},
     }
     for length in LENGTHS:
         row = {"tokens": length}

@@ -111,7 +111,7 @@ def results() -> dict:
     return {
         **{name: f"some {name}" for name in names},
         **{"command": "python benchmarks/attention.py", "inputs": "random", "backend": "flash"},
-        **{"kernels_sha256": common.kernels_sha256(), "rows": rows},
+        **{"kernels_sha256": common.kernels_sha256("flash"), "rows": rows},
     }
 
 
@@ -156,7 +156,10 @@ def test_check_tells_results_of_other_kernels(tree, capsys):
     common.write_results("gpu", results())
     assert attention.check() == 0 and "made by these kernels" in capsys.readouterr().out
     (tree / "csrc/cuda/README.md").write_text("no kernel")
+    (tree / "csrc/cuda/sm90").mkdir()
+    (tree / "csrc/cuda/sm90/d.cu").write_text("not launched by the flash backend")
     assert attention.check() == 0
+    assert common.kernels_sha256("flash") != common.kernels_sha256("sm90")
     for name in ("csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/varlen.py"):
         before = (tree / name).read_text()
         (tree / name).write_text(before + " ")
@@ -242,7 +245,7 @@ def test_a_run(tree, no_gpu, monkeypatch, capsys):
     monkeypatch.setattr(attention, "DENSE_MOST", 96)
     found = attention.run(argparse.Namespace(**options, name="gpu", commit="abc", no_dense=False))
     assert found == json.loads((tree / "benchmarks/results/gpu.json").read_text())
-    assert found["commit"] == "abc" and found["kernels_sha256"] == common.kernels_sha256()
+    assert found["commit"] == "abc" and found["kernels_sha256"] == common.kernels_sha256("cpu")
     row = found["rows"][0]["methods"]
     assert row["moba_ext"]["runs"] == 2 and row["moba_ext"]["ms"].keys() == attention.PHASES.keys()
     out = 256 * 4 * 128 * 2

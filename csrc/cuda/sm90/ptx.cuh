@@ -1,0 +1,177 @@
+// Hopper's instructions, one per function: asynchronous copies, mbarriers, register budgets, wgmma.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace moba::cuda::sm90 {
+
+inline __device__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes, or zeros.
+inline __device__ void copy_async(uint32_t to_shared, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// What this thread has written to shared memory becomes visible to wgmma.
+inline __device__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+inline __device__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+inline __device__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+inline __device__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+inline __device__ bool try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+inline __device__ void wait(uint32_t barrier, uint32_t parity) {
+  while (!try_wait(barrier, parity)) {
+  }
+}
+
+// Barrier of 128 threads, of a warp group.
+inline __device__ void sync_warp_group(int id) {
+  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+template <int kRegisters>
+__device__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+inline __device__ void fence_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+inline __device__ void commit_wgmma() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ void wait_wgmma() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving what uses accumulators across the wait for them.
+template <int kCount>
+__device__ void hold(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Matrix descriptor of a tile in shared memory that is swizzled over 128 bytes: rows of 64 elements
+// (128 bytes), groups of 8 rows 1,024 bytes apart. leading_bytes: between panels of 64 columns,
+// where the matrix is taken transposed.
+inline __device__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes) {
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{(leading_bytes & 0x3ffff) >> 4} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// 2^x; 0 where that would be denormal.
+inline __device__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+#define MOBA_D8(d, i)                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MOBA_D32(d, i) MOBA_D8(d, i), MOBA_D8(d, i + 8), MOBA_D8(d, i + 16), MOBA_D8(d, i + 24)
+#define MOBA_R32                                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MOBA_R64                                                                            \
+  MOBA_R32                                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d [64, N] (+)= a [64, 16] b [16, N]; element 4 * j + i of a thread's d is row 16 * warp + lane /
+// 4
+// + i / 2 * 8, column 8 * j + lane % 4 * 2 + i % 2. accumulate false: d = a b.
+//
+// With a and b [N, 16] in shared memory, k along their rows of 128 bytes:
+#define MOBA_MMA_SHARED(N, TYPE, REGISTERS, A, B, P, ...)                                     \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N \
+               "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B ", p, 1, 1, 0, 0; }"    \
+               : __VA_ARGS__                                                                  \
+               : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)))
+// With a in registers, as the d of a product with its columns as k, and b [16, N] in shared memory,
+// N along its rows of 128 bytes:
+#define MOBA_MMA_REGISTERS(N, TYPE, REGISTERS, A, B, P, ...)                                  \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N \
+               "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A "}, " B ", p, 1, 1, 1; }"     \
+               : __VA_ARGS__                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
+                 "r"(static_cast<uint32_t>(accumulate)))
+
+template <typename T>
+__device__ void mma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_SHARED("128", "f16", MOBA_R64, "%64", "%65", "%66", MOBA_D32(d, 0), MOBA_D32(d, 32));
+  } else {
+    MOBA_MMA_SHARED("128", "bf16", MOBA_R64, "%64", "%65", "%66", MOBA_D32(d, 0), MOBA_D32(d, 32));
+  }
+}
+
+template <typename T>
+__device__ void mma(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_SHARED("64", "f16", MOBA_R32, "%32", "%33", "%34", MOBA_D32(d, 0));
+  } else {
+    MOBA_MMA_SHARED("64", "bf16", MOBA_R32, "%32", "%33", "%34", MOBA_D32(d, 0));
+  }
+}
+
+template <typename T>
+__device__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_REGISTERS("128", "f16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", MOBA_D32(d, 0),
+                       MOBA_D32(d, 32));
+  } else {
+    MOBA_MMA_REGISTERS("128", "bf16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", MOBA_D32(d, 0),
+                       MOBA_D32(d, 32));
+  }
+}
+
+template <typename T>
+__device__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_REGISTERS("64", "f16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", MOBA_D32(d, 0));
+  } else {
+    MOBA_MMA_REGISTERS("64", "bf16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", MOBA_D32(d, 0));
+  }
+}
+
+#undef MOBA_D8
+#undef MOBA_D32
+#undef MOBA_R32
+#undef MOBA_R64
+#undef MOBA_MMA_SHARED
+#undef MOBA_MMA_REGISTERS
+
+}  // namespace moba::cuda::sm90

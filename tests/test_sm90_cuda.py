@@ -1,0 +1,122 @@
+"""What Hopper's own kernels attend: the routed rows of a group, against float64."""
+
+import pytest
+import torch
+from flash_checks import assert_tiles_within_budget, ordinary_memory, score_size
+from flash_stages import CASES, DEVICE, INVALID, Call, Group, invalid_call, make_call
+from numerics import assert_within_budget, self_attention
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CAPABILITY != (9, 0), reason="needs a GPU of compute capability 9.0"),
+]
+
+DTYPES = [torch.bfloat16, torch.float16]
+SEGMENT_ROWS = 128  # at most
+
+
+class Attended:
+    """The routed rows of a group, from the kernel."""
+
+    def __init__(self, call: Call, group: Group, inputs, scale: float, rows=SEGMENT_ROWS) -> None:
+        entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = call.route(group, rows)
+        self.call, self.group, self.inputs, self.scale = call, group, inputs, scale
+        self.used = int(offsets[-1])
+        self.entries = entries[: self.used].long()
+        _, cu_seqlens_k, cu_blocks = call.sequences
+        self.out, self.lse = torch.ops.moba.sm90_attend(
+            *(*inputs, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k, cu_blocks),
+            *(call.case.block_size, scale, *group),
+        )
+
+    def exact(self, dtype: torch.dtype):
+        """out and lse of the used rows, computed in a dtype."""
+        case, group, (q, k, v) = self.call.case, self.group, self.inputs
+        slots, per_head = self.call.ids.shape[-1], case.heads_q // case.heads_k
+        row = torch.div(self.entries, slots, rounding_mode="floor")
+        queries = group.query_end - group.query_begin
+        of_query = torch.div(row, per_head, rounding_mode="floor")
+        head_k = group.head_begin + torch.div(of_query, queries, rounding_mode="floor")
+        query, head = group.query_begin + of_query % queries, head_k * per_head + row % per_head
+        block = self.call.ids.to(DEVICE)[query, head, self.entries % slots].long()
+        cu_q, cu_k = (x.long() for x in self.call.sequences[:2])
+        first = cu_k[torch.searchsorted(cu_q[1:], query, right=True)] + block * case.block_size
+        token = first[:, None] + torch.arange(case.block_size, device=DEVICE)
+        keys, values = (x[token, head_k[:, None]].to(dtype) for x in (k, v))
+        scores = torch.einsum("nd,nkd->nk", q[query, head].to(dtype), keys) * self.scale
+        return torch.einsum("nk,nkd->nd", scores.softmax(-1), values), scores.logsumexp(-1)
+
+    def check(self) -> None:
+        if self.used == 0:
+            return
+        out, lse = self.out[: self.used, 0], self.lse[: self.used]
+        with ordinary_memory():
+            (exact_out, exact_lse), (plain_out, plain_lse) = map(
+                self.exact, (torch.float64, torch.float32)
+            )
+            size = score_size(*self.inputs[:2], self.scale)
+            assert_within_budget(out, exact_out, plain_out.to(out.dtype), "out")
+            assert_within_budget(lse, exact_lse, plain_lse, "lse", max(1.0, size))
+            assert_tiles_within_budget(
+                out[:, None], exact_out[:, None], plain_out.to(out.dtype)[:, None], "out"
+            )
+
+
+def stage_inputs(call: Call, dtype: torch.dtype) -> list[torch.Tensor]:
+    case = call.case
+    heads = case.heads_q, case.heads_k, case.heads_k
+    tokens = call.tokens_q, call.tokens_k, call.tokens_k
+    shapes = [(t, h, case.head_dim) for t, h in zip(tokens, heads)]
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", [1, 16, 64, 100, 128, 192, 300, 512])
+def test_block_sizes(block_size, head_dim, dtype, poisoned):
+    call = make_call(self_attention([900, 0, 1100], 4, 2, head_dim, block_size, 3), hot=True)
+    for group in call.groups():
+        Attended(call, group, stage_inputs(call, dtype), head_dim**-0.5).check()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.head_dim in (64, 128) and c.topk > 1])
+def test_groups_and_short_segments(case, poisoned):
+    call = make_call(case)
+    for group in call.groups():
+        for rows in (1, 7, 64, 65, 128):
+            inputs = stage_inputs(call, torch.bfloat16)
+            Attended(call, group, inputs, 0.2, rows).check()
+
+
+def test_repeated_runs_are_bit_equal(poisoned):
+    """Also with fewer rows around each: a row's bits depend on itself and its block."""
+    call = make_call(self_attention(20_000, 8, 2, 128, 128, 8), hot=True)
+    inputs, group = stage_inputs(call, torch.bfloat16), Group(0, 2, 0, 20_000)
+    first = Attended(call, group, inputs, 0.1)
+    for rows in [SEGMENT_ROWS] * 50 + [100, 31]:
+        again = Attended(call, group, inputs, 0.1, rows)
+        assert torch.equal(first.out[: first.used], again.out[: first.used])
+        assert torch.equal(first.lse[: first.used], again.lse[: first.used])
+
+
+@pytest.mark.parametrize("values", INVALID)
+def test_invalid_offsets_attend_nothing(values):
+    call = invalid_call(values)
+    attended = Attended(call, Group(0, 1, 0, 100), stage_inputs(call, torch.bfloat16), 0.1)
+    torch.cuda.synchronize()
+    assert attended.used == 0
+
+
+def test_arguments_are_checked_before_the_launch():
+    call = make_call(self_attention(64, 2, 1, 64, 16, 3))
+    q, k, v = stage_inputs(call, torch.bfloat16)
+    group = Group(0, 1, 0, 64)
+    for inputs, scale, message in (
+        ([x[..., :32] for x in (q, k, v)], 0.1, "head_dim must be 64 or 128, got 32"),
+        ([q, k, v], -0.1, "softmax_scale must not be negative"),
+        ([q.float(), k.float(), v.float()], 0.1, "q must be float16 or bfloat16"),
+        ([q, k, v[:10]], 0.1, "v must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            Attended(call, group, inputs, scale)
