@@ -157,22 +157,17 @@ _TILE = 16
 
 
 def _tile_norms(x: Tensor) -> Tensor:
-    """Root of the sum of squares of 16 rows at a time, the last up to 31, of every head apart."""
+    """Root of the sum of squares of 16 rows at a time, of every head apart."""
     squares = x.double().square().sum(-1).view(x.shape[0], -1)
-    tile = (torch.arange(x.shape[0], device=x.device) // _TILE).clamp(
-        max=max(len(x) // _TILE, 1) - 1
-    )
-    sums = squares.new_zeros(int(tile[-1]) + 1, squares.shape[1])
-    return sums.index_add_(0, tile, squares).sqrt()
+    padded = torch.nn.functional.pad(squares, (0, 0, 0, -x.shape[0] % _TILE))
+    return padded.unflatten(0, (-1, _TILE)).sum(1).sqrt()
 
 
 def assert_tiles_within_budget(got: Tensor, exact: Tensor, plain: Tensor, what: str) -> None:
     """The error budget of numerics.py in the L2 norm of every 16 rows of a head.
 
     The largest element alone says little about most of them: out is largest in the first rows,
-    which see few keys, and dk and dv in the keys of a hot block. No tile is less than 16 rows: in
-    one alone, whose dS may all but cancel, the roundings of P and out that every kernel has made an
-    error of 0.8 of the budget in one of 450 draws, and of 1.1 in another.
+    which see few keys, and dk and dv in the keys of a hot block.
     """
     if not exact.numel():
         return
