@@ -1,4 +1,5 @@
-"""The ``flash`` backend: our CUDA gate and routing around FlashAttention's varlen API.
+"""The ``flash`` backend: our CUDA gate and routing around FlashAttention's varlen API. ``sm90`` is
+the same but for the routed rows of the forward, which a kernel of ours attends as they lie in q.
 
 The own blocks of all queries are one causal varlen call, every block its own sequence. The chosen
 past blocks go group by group (KV heads x queries, :func:`make_plan`): route lists the rows that
@@ -32,7 +33,8 @@ more. At least one KV head and as many queries as fill the lists of its blocks a
 exceeds the bound where the keys alone do.
 """
 
-_ROW_TILE = 128  # rows of a FlashAttention tile
+_ROW_TILE = 128  # rows of a FlashAttention tile, and of one of sm90
+_L2_BYTES = 48 << 20  # of a GPU of compute capability 9.0, for the rows of q that sm90 gathers
 
 # The stages in C++ and CUDA.
 _stages = torch.ops.moba
@@ -116,6 +118,7 @@ def make_plan(
     topk: int,
     *,
     backward: bool,
+    sm90: bool = False,
 ) -> FlashPlan:
     """Plan a call from its sizes: the fewest groups of equal size that stay in the bound."""
     longest = max(min(max_seqlen_k, tokens_k), 1)
@@ -126,17 +129,25 @@ def make_plan(
     # FlashAttention's deterministic backward has one thread block for all keys of a segment: long
     # ones leave the others waiting, short ones copy the block's keys more often.
     slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
-    segment_rows = max(1024, most)
+    segment_rows = _ROW_TILE if sm90 else max(1024, most)
     group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
     bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward)
 
     def fits(heads: int, queries: int, at_once: int) -> bool:
         entries = heads * queries * group * slots
         segments = heads * num_blocks + _ceil_div(entries, segment_rows)
+        if sm90:
+            sizes = entries * (2 * 4 + 2 * head_dim + 4)  # routing, out, lse
+            most_segments = (2**31 - 1) // block_size
+            if heads > 1 and 2 * head_dim * heads * group * queries > _L2_BYTES:
+                return False
+        else:
+            sizes = at_once * _group_bytes(entries, segments, block_size, head_dim, backward)
+            most_segments = min(varlen.MAX_SEQUENCES, (2**31 - 1) // block_size)
         return (
-            at_once * _group_bytes(entries, segments, block_size, head_dim, backward) <= bound
+            sizes <= bound
             and entries < 2**31
-            and segments <= min(varlen.MAX_SEQUENCES, (2**31 - 1) // block_size)
+            and segments <= most_segments
             and 2 * heads * tokens_k < 2**31
         )
 
@@ -214,17 +225,21 @@ def planned_sizes(
     head_dim: int,
     block_size: int,
     topk: int,
+    *,
+    sm90: bool,
 ) -> dict:
     """What ``moba_ext.plan`` reports of a call; bytes of the largest group, own blocks included."""
     call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
     group, sizes = heads_q // heads_k, []
-    plans = [make_plan(*call, backward=backward) for backward in (False, True)]
+    plans = [make_plan(*call, backward=False, sm90=sm90), make_plan(*call, backward=True)]
     for plan, backward in zip(plans, (False, True)):
         num_blocks = tokens_k // plan.block_size + batch
         entries = plan.heads_per_group * plan.queries_per_group * group * plan.slots
         segments = plan.heads_per_group * num_blocks + _ceil_div(entries, plan.segment_rows)
         routed = 0
-        if plan.slots:
+        if plan.slots and sm90 and not backward:
+            routed = entries * (2 * 4 + 2 * head_dim + 4)
+        elif plan.slots:
             routed = _group_bytes(entries, segments, plan.block_size, head_dim, backward)
         if backward:  # dq, dk, dv of the heads of a group, dk and dv also once per query head
             heads, expanded = plan.heads_per_group * group, group if group > 1 else 0
@@ -273,32 +288,51 @@ class _Routed(NamedTuple):
     positions: Tensor
     offsets: Tensor
     segment_offsets: Tensor
-    sequences: varlen.Sequences
-    k: Tensor
-    v: Tensor
+    segment_lists: Tensor
+    cu_rows: Tensor
+    cu_keys: Tensor
 
 
-def _route(ids, k, v, cu_q, cu_k, own: _Own, plan: FlashPlan, group) -> _Routed:
+def _route(ids, k, cu_q, own: _Own, plan: FlashPlan, group) -> _Routed:
     tokens_k, heads_k = k.shape[:2]
-    entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys = (
-        _stages.flash_route(
+    return _Routed(
+        *_stages.flash_route(
             *(ids, cu_q, own.cu_blocks, tokens_k, heads_k, plan.block_size, plan.segment_rows),
             *group,
         )
     )
-    k, v = _stages.flash_gather_keys(
-        k, v, cu_k, own.cu_blocks, segment_lists, cu_keys, plan.block_size, *group[:2]
+
+
+class _Keys(NamedTuple):
+    """Keys of every segment's block, packed."""
+
+    k: Tensor
+    v: Tensor
+    sequences: varlen.Sequences
+
+
+def _gather_keys(routed: _Routed, k, v, cu_k, own: _Own, plan: FlashPlan, group) -> _Keys:
+    segments = routed.segment_lists, routed.cu_keys
+    packs = _stages.flash_gather_keys(
+        k, v, cu_k, own.cu_blocks, *segments, plan.block_size, *group[:2]
     )
-    sequences = varlen.Sequences(cu_rows, cu_keys, plan.segment_rows, plan.block_size)
-    return _Routed(entries, positions, offsets, segment_offsets, sequences, k, v)
+    bounds = plan.segment_rows, plan.block_size
+    return _Keys(*packs, varlen.Sequences(routed.cu_rows, routed.cu_keys, *bounds))
 
 
-def _plan_of(q, k, cu_k, max_k, block_size, topk, backward: bool) -> FlashPlan:
+def _plan_of(q, k, cu_k, max_k, block_size, topk, **kind: bool) -> FlashPlan:
     return make_plan(
         *(cu_k.shape[0] - 1, q.shape[0], k.shape[0], max_k, q.shape[1], k.shape[1], q.shape[2]),
         *(block_size, topk),
-        backward=backward,
+        **kind,
     )
+
+
+def _positive_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
+    """q and the scale, both with the other sign if that is negative: kernels that take the maximum
+    before they scale would overflow."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return (-q, -scale) if scale < 0 else (q, scale)
 
 
 def forward(
@@ -312,18 +346,20 @@ def forward(
     block_size: int,
     topk: int,
     softmax_scale: float | None,
+    *,
+    sm90: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention`` on CUDA tensors, bfloat16 or float16 -> out, lse, block_ids."""
     tokens_q, heads_q, head_dim = q.shape
     tokens_k, heads_k, _ = k.shape
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     q, k, v = (varlen.aligned(x) for x in (q, k, v))
+    attended_q, scale = _positive_scale(q, softmax_scale)
     lse = q.new_empty(heads_q, tokens_q, dtype=torch.float32)
     if tokens_q == 0 or tokens_k == 0:
         slots = reference.num_slots(max_seqlen_k, block_size, topk)
         ids = q.new_full((tokens_q, heads_q, slots), -1, dtype=torch.int32)
         return q.new_zeros(q.shape), lse.fill_(-torch.inf), ids
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
+    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False, sm90=sm90)
     with _stage("route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
@@ -331,7 +367,7 @@ def forward(
         )
     # First, so that a short call's device has work while the host launches the gate and routing.
     with _stage("attend"):
-        own_out, own_lse = varlen.forward(q, k, v, own.sequences, scale, causal=True)
+        own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
     with _stage("block_mean"):
         kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
     with _stage("gate_topk"):
@@ -346,14 +382,22 @@ def forward(
         group = (*heads, *queries)
         if plan.slots:
             with _stage("route"):
-                routed = _route(ids, k, v, cu_seqlens_q, cu_seqlens_k, own, plan, group)
-                rows = _stages.flash_gather(
-                    [q], None, routed.entries, routed.offsets, heads_k, *group
-                )[0]
-            with _stage("attend"):
-                part_out, part_lse = varlen.forward(
-                    rows, routed.k, routed.v, routed.sequences, scale, causal=False
-                )
+                routed = _route(ids, k, cu_seqlens_q, own, plan, group)
+            if sm90:
+                with _stage("attend"):
+                    part_out, part_lse = _stages.sm90_attend(
+                        *(attended_q, k, v, routed.entries, routed.segment_offsets),
+                        *(routed.segment_lists, routed.cu_rows, cu_seqlens_k, own.cu_blocks),
+                        *(plan.block_size, scale, *group),
+                    )
+            else:
+                with _stage("route"):
+                    keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
+                    rows = _stages.flash_gather(
+                        [attended_q], None, routed.entries, routed.offsets, heads_k, *group
+                    )[0]
+                with _stage("attend"):
+                    part_out, part_lse = varlen.forward(rows, *keys, scale, causal=False)
             positions = routed.positions
         else:
             positions, part_lse = ids.new_empty(0), lse.new_empty(0)
@@ -393,8 +437,8 @@ def backward(
     tokens_k, heads_k, _ = k.shape
     if tokens_q == 0 or tokens_k == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
+    q, scale = _positive_scale(q, softmax_scale)
     plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -429,7 +473,8 @@ def backward(
         group = (*heads, *queries)
         if plan.slots:
             with _stage("route"):
-                routed = _route(block_ids, k, v, *batch[:2], own, plan, group)
+                routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
+                keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
                 rows = routed.entries, routed.offsets, heads_k, *group
                 q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather(
                     [q, dout, out], lse, *rows
@@ -441,8 +486,8 @@ def backward(
                     )
             with _stage("attend"):
                 part_dq, *part_dkv = varlen.backward(
-                    *(dout_rows, part_dlse, q_rows, routed.k, routed.v, out_rows),
-                    *(lse_rows[None], routed.sequences, scale, False),
+                    *(dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows),
+                    *(lse_rows[None], keys.sequences, scale, False),
                     reuse_out=True,
                 )
             positions, segment_offsets = routed.positions, routed.segment_offsets
@@ -460,4 +505,6 @@ def backward(
             )
 
     _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)
+    if softmax_scale is not None and softmax_scale < 0:
+        dq.neg_()
     return dq, dk, dv

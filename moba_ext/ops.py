@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import flash, reference, varlen
+from ._C import build_info
 
 _LIB = Path(__file__).parent / "lib"
 _BUILD_CUDA = (
@@ -42,8 +43,19 @@ def backend_status() -> dict[str, str | None]:
         "reference": None,
         "cpu": None,
         "flash": _CUDA_MISSING or varlen.unavailable(),
-        "sm90": "not in this version",
+        "sm90": _CUDA_MISSING or varlen.unavailable() or _why_not_hopper(),
     }
+
+
+@torch.compiler.assume_constant_result
+def _why_not_hopper() -> str | None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "it needs compute capability 9.0 (Hopper)"
+    if "90a" not in build_info()["cuda_archs"]:
+        return (
+            "moba_ext was built without code for sm_90a: install it again with MOBA_CUDA_ARCHS=90a"
+        )
+    return None
 
 
 def cuda_status() -> str | None:
@@ -81,6 +93,13 @@ def _why_not_flash(device: str, dtype: torch.dtype, head_dim: int) -> str | None
     return None
 
 
+def _why_not_sm90(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same of the sm90 backend."""
+    if head_dim not in (64, 128):
+        return f"head_dim {head_dim}, and the sm90 backend takes 64 and 128"
+    return _why_not_flash(device, dtype, head_dim)
+
+
 def _check_cuda_library(device: str) -> None:
     if device == "cuda" and _CUDA_MISSING is not None:
         raise ValueError(f"q is on a CUDA device, but {_CUDA_MISSING}")
@@ -113,7 +132,7 @@ def resolve_backend(
             raise ValueError(f"backend is '{backend}', which is not available: {status[backend]}")
     if backend == "reference":
         return "reference", "asked for"
-    why_not = {"cpu": _why_not_cpu, "flash": _why_not_flash}
+    why_not = {"cpu": _why_not_cpu, "flash": _why_not_flash, "sm90": _why_not_sm90}
     if backend != "auto":
         reason = why_not[backend](device, dtype, head_dim)
         if reason is None:
@@ -122,6 +141,8 @@ def resolve_backend(
             f"backend is '{backend}', but q has {reason}"
         )
     _check_cuda_library(device)
+    if device == "cuda" and status["sm90"] is None and not _why_not_sm90(device, dtype, head_dim):
+        return "sm90", "compiled kernels for Hopper"
     name = "flash" if device == "cuda" else "cpu"
     if status[name] is not None:
         return "reference", f"the {name} backend is not available: {status[name]}"
@@ -131,26 +152,28 @@ def resolve_backend(
     return name, f"compiled kernels for {'CUDA' if name == 'flash' else 'CPU'} tensors"
 
 
-def _check_op_backend(backend: str, q: Tensor) -> None:
-    """For the op on CUDA tensors, which has the flash backend alone."""
+def _cuda_backend(backend: str, q: Tensor) -> str:
+    """flash or sm90, which the op has on CUDA tensors."""
     name, reason = resolve_backend(backend, "cuda", q.dtype, q.shape[-1])
-    if name != "flash":
+    if name not in ("flash", "sm90"):
         raise RuntimeError(
-            f"backend is '{backend}', and on CUDA tensors the op runs 'flash' only: {reason} "
-            "('reference' is in moba_ext.moba_attention_varlen)"
+            f"backend is '{backend}', and on CUDA tensors the op runs 'flash' and 'sm90' only: "
+            f"{reason} ('reference' is in moba_ext.moba_attention_varlen)"
         )
+    return name
 
 
 @torch.library.register_kernel("moba::attention", "cuda")
 def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
-    _check_op_backend(backend, q)
-    return flash.forward(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale)
+    sizes = max_q, max_k, block_size, topk, softmax_scale
+    sm90 = _cuda_backend(backend, q) == "sm90"
+    return flash.forward(q, k, v, cu_q, cu_k, *sizes, sm90=sm90)
 
 
 @torch.library.register_kernel("moba::attention_backward", "cuda")
 def _(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk,
       softmax_scale=None, backend="auto"):  # fmt: skip
-    _check_op_backend(backend, q)
+    _cuda_backend(backend, q)
     saved = (q, k, v, out, lse, block_ids, cu_q, cu_k)
     return flash.backward(dout, dlse, *saved, max_q, max_k, block_size, topk, softmax_scale)
 

@@ -13,7 +13,10 @@ from .attention import _check_positive
 __all__ = ["Plan", "plan"]
 
 _STAGES = ("block_mean", "gate_topk", "route", "attend", "merge")
-_DENSE_STAGES = {"cpu": _STAGES[3:], "flash": (*_STAGES[:2], *_STAGES[3:])}
+_DENSE_STAGES = {
+    "cpu": _STAGES[3:],
+    **dict.fromkeys(("flash", "sm90"), (*_STAGES[:2], *_STAGES[3:])),
+}
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,8 @@ def plan(
         "block_size": block_size,
         "topk": topk,
     }
-    if name == "flash":
-        sizes = flash.planned_sizes(**call)
+    if name in ("flash", "sm90"):
+        sizes = flash.planned_sizes(**call, sm90=name == "sm90")
     else:
         threads = torch.get_num_threads()
         sizes = _C.plan(**call, element_size=dtype.itemsize, threads=threads)
@@ -138,7 +141,7 @@ def plan(
     return Plan(
         backend=name,
         reason=reason,
-        # flash selects blocks in any case: block_ids are an output of the op.
+        # flash and sm90 select blocks in any case: block_ids are an output of the op.
         stages=tuple(x for x in _STAGES if not dense or x in _DENSE_STAGES[name]),
         attended_pairs=sum(
             _C.attended_pairs(q, k, block_size, topk) for q, k in zip(queries, keys)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moba_ext import flash, reference
 
-DEVICE, BACKEND = "cuda", "flash"
+DEVICE = "cuda"
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -100,6 +100,7 @@ def run(
     douts: tuple[Tensor, Tensor | None],
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
     softmax_scale: float | None = None,
+    backend: str = "flash",
 ) -> Result:
     """The op forward and backward; a dlse of None leaves the lse without a gradient."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -107,7 +108,7 @@ def run(
         *(*inputs, *(cu_seqlens or case.cu_seqlens(inputs[0].device))),
         *(case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk),
         softmax_scale=softmax_scale,
-        backend=BACKEND,
+        backend=backend,
     )
     outputs, douts = zip(*((x, dx) for x, dx in zip((out, lse), douts) if dx is not None))
     grads = torch.autograd.grad(outputs, inputs, douts)
@@ -213,11 +214,12 @@ def check(
     inputs: list[Tensor],
     douts: tuple[Tensor, Tensor | None] | None = None,
     softmax_scale: float | None = None,
+    backend: str = "flash",
 ) -> Result:
     """out, lse and gradients against float64 on the op's own selection, and that by score."""
     q, k, _ = inputs
     douts = upstream(case, q.dtype) if douts is None else douts
-    got = run(case, inputs, douts, softmax_scale=softmax_scale)
+    got = run(case, inputs, douts, softmax_scale=softmax_scale, backend=backend)
     assert got.out.dtype == q.dtype and got.lse.dtype == torch.float32
     kbar = torch.ops.moba.block_mean(k, case.cu_seqlens(q.device)[1], case.block_size)
     scale = case.head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -314,6 +316,7 @@ def check_samples(
     blocks: list[tuple[int, int]],
     douts: tuple[Tensor, Tensor] | None = None,
     samples: int = 256,
+    backend: str = "flash",
 ) -> Result:
     """Like :func:`check` where the scores are too many: some rows of every query head, and the keys
     of some blocks, given as (sequence, block), of the first and the last KV head.
@@ -322,7 +325,7 @@ def check_samples(
     """
     q, k, v = inputs
     douts = upstream(case, q.dtype) if douts is None else douts
-    got = run(case, inputs, douts)
+    got = run(case, inputs, douts, backend=backend)
     cu_q, cu_k = case.cu_seqlens(q.device)
     sequence, position = reference.query_positions(cu_q, cu_k)
     scale = case.head_dim**-0.5

@@ -102,6 +102,22 @@ def flash_gather_keys(
     return tuple(pack.view(-1, 1, k.shape[2]) for pack in packs)
 
 
+def sm90_attend(q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_k, cu_blocks,
+                block_size, scale, *bounds):  # fmt: skip
+    total = int(cu_rows[-1])
+    rows = flash_gather([q], None, entries, torch.tensor([0, total]), k.shape[1], *bounds)[0]
+    keys = cu_k, cu_blocks, segment_lists, None, block_size, *bounds[:2]
+    packs = [x.view(-1, block_size, k.shape[2]) for x in flash_gather_keys(k, v, *keys)]
+    out, lse = torch.full_like(rows, torch.nan), torch.full((len(rows),), torch.nan)
+    for i in range(int(segment_offsets[-1])):
+        part = slice(*cu_rows[i : i + 2].tolist())
+        assert part.stop - part.start <= 128
+        scores = rows[part, 0].float() @ packs[0][i].float().T * scale
+        lse[part] = scores.logsumexp(-1)
+        out[part, 0] = (scores.softmax(-1) @ packs[1][i].float()).to(q.dtype)
+    return out, lse
+
+
 def _parts(positions, part, own, cu_q, cu_k, heads_k, bounds, out):
     """Rows' parts [heads, queries, G, K + 1, ...], which are empty, and the place in `out`."""
     head_begin, head_end, query_begin, query_end = bounds

@@ -7,7 +7,7 @@ import torch
 from numerics import Case, assert_within_budget, check_selection, run_masked, self_attention
 
 import moba_ext
-from moba_ext import reference
+from moba_ext import ops, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -18,11 +18,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_auto_is_flash(dtype, flash_attention):
+def test_auto_is_the_best_there_is(dtype, flash_attention):
+    best = "flash" if ops.backend_status()["sm90"] else "sm90"
     q, k, v = (torch.randn(1, 200, 2, 64, device="cuda", dtype=dtype) for _ in range(3))
     q.requires_grad_()
     results = []
-    for backend in ("auto", "flash"):
+    for backend in ("auto", best):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             out = moba_ext.moba_attention(q, k, v, block_size=16, topk=3, backend=backend)
@@ -30,7 +31,7 @@ def test_auto_is_flash(dtype, flash_attention):
     assert all(torch.equal(x, y) for x, y in zip(*results))
     plan = moba_ext.plan(200, heads_q=2, head_dim=64, block_size=16, topk=3, dtype=dtype,
                          device="cuda")  # fmt: skip
-    assert plan.backend == "flash"
+    assert plan.backend == best
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,9 @@ def test_what_flash_attention_lacks_runs_on_the_reference(case, dtype, head_dim,
         results += [*values, *torch.autograd.grad(values[0], again, dout.cpu().to(precision))]
     for name, x, y, z in zip(("out", "lse", "dq", "dk", "dv"), got, exact, plain):
         assert_within_budget(x.detach().cpu(), y.detach(), z.detach(), name)
-    with pytest.raises(RuntimeError, match="on CUDA tensors the op runs 'flash' only: q has"):
+    with pytest.raises(
+        RuntimeError, match="on CUDA tensors the op runs 'flash' and 'sm90' only: q has"
+    ):
         torch.ops.moba.attention(*inputs, *lengths, *sizes.values())
 
 

@@ -44,11 +44,13 @@ def head_major(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def check(case: Case, with_dlse: bool, layout=lambda x: x) -> None:
+def check(
+    case: Case, with_dlse: bool, layout=lambda x: x, sm90: bool = False, scale: float = 0.3
+) -> None:
     inputs = [layout(x) for x in case.tensors(torch.float32)]
     sizes = (case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk)
     cu_seqlens = case.cu_seqlens()
-    out, lse, ids = flash.forward(*inputs, *cu_seqlens, *sizes, 0.3)
+    out, lse, ids = flash.forward(*inputs, *cu_seqlens, *sizes, scale, sm90=sm90)
     assert out.is_contiguous() and lse.is_contiguous()
     assert torch.equal(ids, torch.ops.moba.attention(*inputs, *cu_seqlens, *sizes)[2])
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) * with_dlse
@@ -56,13 +58,13 @@ def check(case: Case, with_dlse: bool, layout=lambda x: x) -> None:
         out,
         lse,
         *flash.backward(
-            *(dout, dlse if with_dlse else None, *inputs, out, lse, ids, *cu_seqlens, *sizes, 0.3)
+            *(dout, dlse if with_dlse else None, *inputs, out, lse, ids, *cu_seqlens, *sizes, scale)
         ),
     )
-    plain = run_masked(case, *inputs, ids, 0.3)
-    plain += recomputed_gradients(case, *inputs, ids, dout, dlse, 0.3)
+    plain = run_masked(case, *inputs, ids, scale)
+    plain += recomputed_gradients(case, *inputs, ids, dout, dlse, scale)
     inputs = [x.double().requires_grad_() for x in inputs]
-    exact = run_masked(case, *inputs, ids, 0.3)
+    exact = run_masked(case, *inputs, ids, scale)
     exact += gradients(*exact, inputs, dout, dlse)
     for name, x, y, z in zip(("out", "lse", "dq", "dk", "dv"), got, exact, plain):
         # Rounded twice in float32: a part, then their sum.
@@ -73,6 +75,19 @@ def check(case: Case, with_dlse: bool, layout=lambda x: x) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_one_group(case, with_dlse):
     check(case, with_dlse)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_negative_scale(case):
+    check(case, True, scale=-0.2)
+
+
+@pytest.mark.parametrize("workspace", [None, 1, 200_000])
+@pytest.mark.parametrize("case", CASES)
+def test_own_kernel_for_routed_rows(case, workspace, monkeypatch):
+    monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(flash, "_ROW_TILE", 7)
+    check(case, True, sm90=True)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +140,16 @@ def test_accumulators_beyond_32_bit_offsets(case, most_heads, monkeypatch):
 def test_plan(monkeypatch):
     monkeypatch.setattr(ops, "_CUDA_MISSING", None)
     monkeypatch.setattr(varlen, "unavailable", lambda: None)
+    monkeypatch.setattr(ops, "_why_not_hopper", lambda: None)
     sizes = {"heads_q": 32, "heads_k": 8, "head_dim": 128, "device": "cuda", "backend": "flash"}
     sparse = moba_ext.plan(131_072, block_size=128, topk=8, **sizes)
     assert sparse.backend == "flash" and "route" in sparse.stages
     assert sparse.groups * sparse.heads_per_group * sparse.queries_per_group >= 8 * 131_072
     # The own blocks' part of the backward is of a KV head's queries: it grows with the length.
     assert sparse.forward_bytes < 1.1 * 1.5 * 2**30
+    own = moba_ext.plan(131_072, block_size=128, topk=8, **{**sizes, "backend": "auto"})
+    assert own.backend == "sm90" and own.stages == sparse.stages
+    assert own.backward_bytes == sparse.backward_bytes and own.forward_bytes < sparse.forward_bytes
     dense = moba_ext.plan(4096, block_size=512, topk=8, **sizes)
     assert dense.stages == ("block_mean", "gate_topk", "attend", "merge") and dense.groups == 1
 
@@ -183,13 +202,20 @@ def test_when_two_groups_run_at_once(monkeypatch):
     ("arguments", "error", "message"),
     [
         (("cuda", torch.float32, 64), TypeError, "takes bfloat16 and float16"),
-        (("cuda", torch.bfloat16, 12), ValueError, "head_dim 12, and FlashAttention takes"),
+        (("cuda", torch.bfloat16, 12), ValueError, "head_dim 12, and "),
         (("cpu", torch.bfloat16, 64), ValueError, "the flash backend takes CUDA tensors"),
     ],
 )
 def test_what_it_does_not_take(arguments, error, message, monkeypatch):
     monkeypatch.setattr(ops, "_CUDA_MISSING", None)
     monkeypatch.setattr(varlen, "unavailable", lambda: None)
+    monkeypatch.setattr(ops, "_why_not_hopper", lambda: None)
+    with pytest.raises(error, match=message):
+        ops.resolve_backend("sm90", *arguments[:2], arguments[2])
+    with pytest.raises(ValueError, match="head_dim 96, and the sm90 backend takes 64 and 128"):
+        ops.resolve_backend("sm90", "cuda", torch.float16, 96)
+    assert ops.resolve_backend("auto", "cuda", torch.float16, 64)[0] == "sm90"
+    assert ops.resolve_backend("auto", "cuda", torch.float16, 96)[0] == "flash"
     with pytest.raises(error, match=message):
         ops.resolve_backend("flash", *arguments)
     assert ops.resolve_backend("flash", "cuda", torch.float16, 64)[0] == "flash"
