@@ -195,14 +195,17 @@ def exact_and_plain(
     ids: Tensor,
     douts: tuple[Tensor, Tensor | None],
     scale: float,
+    saved_out: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """out, lse, dq, dk, dv in float64, and as plain PyTorch in the dtype has them. Materialises
-    every score."""
+    """out, lse, dq, dk, dv in float64, and as plain PyTorch in the dtype has them, the gradients
+    by way of saved_out (recomputed_gradients). Materialises every score."""
     dout, dlse = douts
     if dlse is None:
         dlse = torch.zeros(case.heads_q, dout.shape[0], device=dout.device)
     plain = run_masked(case, *inputs, ids, scale)
-    plain += recomputed_gradients(case, *inputs, ids, dout, dlse, scale, round_weights=True)
+    plain += recomputed_gradients(
+        case, *inputs, ids, dout, dlse, scale, round_weights=True, saved_out=saved_out
+    )
     inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = run_masked(case, *inputs, ids, scale)
     exact += gradients(*exact, inputs, dout, dlse)
@@ -225,7 +228,7 @@ def check(
     scale = case.head_dim**-0.5 if softmax_scale is None else softmax_scale
     with ordinary_memory():
         check_selection(case, q, kbar, got.ids)
-        exact, plain = exact_and_plain(case, inputs, got.ids, douts, scale)
+        exact, plain = exact_and_plain(case, inputs, got.ids, douts, scale, got.out)
         _assert_numbers(got.numbers(), exact, plain, q, k, scale)
     return got
 
@@ -236,6 +239,7 @@ class _Problem(NamedTuple):
     case: Case
     inputs: list[Tensor]
     ids: Tensor
+    saved_out: Tensor
     douts: tuple[Tensor, Tensor]
     scale: float
     starts_k: Tensor  # [batch + 1]
@@ -246,8 +250,8 @@ class _Problem(NamedTuple):
 def rows_of(problem: _Problem, queries: Tensor, heads: Tensor, dtype: torch.dtype):
     """out, lse, dq of rows ``(queries[i], heads[i])``, computed in float64 or float32.
 
-    In float32 as recomputed_gradients: delta is taken from an out that was rounded to the dtype of
-    q, and P and dS are rounded to it; the results are not.
+    In float32 as recomputed_gradients: delta is taken from the saved out, and P and dS are rounded
+    to the dtype of q; the results are not.
     """
     case, (q, k, v), (dout, dlse) = problem.case, problem.inputs, problem.douts
     group, size = case.heads_q // case.heads_k, case.block_size
@@ -271,7 +275,7 @@ def rows_of(problem: _Problem, queries: Tensor, heads: Tensor, dtype: torch.dtyp
         blind = lse.isneginf()
         p = (scores - lse.masked_fill(blind, 0)[:, None]).exp().masked_fill(~seen, 0)
         out = torch.einsum("nk,nkd->nd", p, values)
-        saved = out if dtype == torch.float64 else out.to(q.dtype).to(dtype)
+        saved = out if dtype == torch.float64 else problem.saved_out[query, head].to(dtype)
         delta = (dout_row * saved).sum(-1) - dlse[head, query].to(dtype).masked_fill(blind, 0)
         ds = p * (torch.einsum("nd,nkd->nk", dout_row, values) - delta[:, None])
         if dtype == torch.float32:
@@ -329,7 +333,9 @@ def check_samples(
     cu_q, cu_k = case.cu_seqlens(q.device)
     sequence, position = reference.query_positions(cu_q, cu_k)
     scale = case.head_dim**-0.5
-    problem = _Problem(case, inputs, got.ids, douts, scale, cu_k.long(), sequence, position)
+    problem = _Problem(
+        case, inputs, got.ids, got.out, douts, scale, cu_k.long(), sequence, position
+    )
     with ordinary_memory():
         queries = torch.randint(q.shape[0], (samples,), device=q.device)
         queries[:2] = torch.tensor([0, q.shape[0] - 1])
