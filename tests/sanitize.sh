@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Our CUDA kernels under compute-sanitizer, on a small selection of the gpu tests: every kernel, with
 # ragged, empty and invalid sequences. Minutes on one GPU; fails on an error of a tool or test.
-#   tests/sanitize.sh [memcheck|racecheck ...]      (both if none is named)
+#   tests/sanitize.sh [memcheck|racecheck|synccheck ...]      (all if none is named)
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -24,17 +24,17 @@ tests() {
       echo "many_sequences or many_blocks or invalid_offsets or neighbouring_sequence" \
         "or short_block or strided_and_misaligned or chunked_queries or own_blocks" \
         "or test_rows or test_keys or in_place or no_blocks" \
-        "or other_numbers_of_queries or no_queries or layouts" ;;
-    racecheck)
+        "or other_numbers_of_queries or no_queries or layouts or short_segments" ;;
+    racecheck | synccheck)
       echo "many_tiles or many_blocks or own_blocks or short_block or test_rows or in_place" \
-        "or chunked_queries or neighbouring_sequence_is or no_queries_no_keys" ;;
-    *) echo "unknown tool $1, must be memcheck or racecheck" >&2; exit 1 ;;
+        "or chunked_queries or neighbouring_sequence_is or no_queries_no_keys or short_segments" ;;
+    *) echo "unknown tool $1, must be memcheck, racecheck or synccheck" >&2; exit 1 ;;
   esac
 }
 
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
-(($#)) || set -- memcheck racecheck
+(($#)) || set -- memcheck racecheck synccheck
 
 # Of our kernels alone: those of other libraries are not ours to report, and slow to look at.
 sanitize() {  # tool, arguments of python
@@ -56,8 +56,8 @@ grep -q "Invalid __global__ read" "$logs/planted" || { cat "$logs/planted"; exit
 for tool; do
   selected=$(tests "$tool")
   echo "== $tool"
-  stages=(block_mean gate_topk route gather merge)
-  [[ $tool == racecheck ]] || stages+=(flash)  # its kernels are those of the others
+  stages=(block_mean gate_topk route gather merge sm90)
+  [[ $tool != memcheck ]] || stages+=(flash)  # its kernels are those of the others
   pids=()
   for stage in "${stages[@]}"; do  # side by side: the tools are slow on the host
     {
