@@ -142,6 +142,8 @@ Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu
   check_pair(cu_seqlens_q, q.size(0), cu_seqlens_k, k.size(0));
   check_longest(cu_seqlens_q, "max_seqlen_q", max_seqlen_q);
   check_longest(cu_seqlens_k, "max_seqlen_k", max_seqlen_k);
+  MOBA_CHECK(std::isfinite(softmax_scale.value_or(1.0)), "softmax_scale is ", *softmax_scale,
+             ", must be finite");
 
   Call call;
   call.shape = {dtype,        cu_seqlens_q.size(0) - 1,

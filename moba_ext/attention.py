@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import os
 import warnings
@@ -56,6 +57,8 @@ def _check_scale(softmax_scale: object) -> float | None:
     ):
         kind = type(softmax_scale).__name__
         raise TypeError(f"softmax_scale is {softmax_scale!r} ({kind}), must be a number or None")
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite")
     return None if softmax_scale is None else float(softmax_scale)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -328,11 +329,18 @@ def _plan_of(q, k, cu_k, max_k, block_size, topk, **kind: bool) -> FlashPlan:
     )
 
 
-def _positive_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
-    """q and the scale, both with the other sign if that is negative: kernels that take the maximum
-    before they scale would overflow."""
+def _positive_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float, int]:
+    """q and a scale above 0 with the same scores, and the sign that q has lost, its gradient's too.
+
+    Kernels take the maximum of masked scores before they scale: below 0 that overflows, at 0 a
+    masked one is not a number.
+    """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return (-q, -scale) if scale < 0 else (q, scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale is {scale}, must be finite")
+    if scale == 0:
+        return torch.zeros_like(q), 1.0, 0
+    return (-q, -scale, -1) if scale < 0 else (q, scale, 1)
 
 
 def forward(
@@ -353,7 +361,7 @@ def forward(
     tokens_q, heads_q, head_dim = q.shape
     tokens_k, heads_k, _ = k.shape
     q, k, v = (varlen.aligned(x) for x in (q, k, v))
-    attended_q, scale = _positive_scale(q, softmax_scale)
+    attended_q, scale, _ = _positive_scale(q, softmax_scale)
     lse = q.new_empty(heads_q, tokens_q, dtype=torch.float32)
     if tokens_q == 0 or tokens_k == 0:
         slots = reference.num_slots(max_seqlen_k, block_size, topk)
@@ -438,7 +446,7 @@ def backward(
     if tokens_q == 0 or tokens_k == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
-    q, scale = _positive_scale(q, softmax_scale)
+    q, scale, sign = _positive_scale(q, softmax_scale)
     plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -505,6 +513,4 @@ def backward(
             )
 
     _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)
-    if softmax_scale is not None and softmax_scale < 0:
-        dq.neg_()
-    return dq, dk, dv
+    return (dq if sign == 1 else dq * sign), dk, dv

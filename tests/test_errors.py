@@ -1,5 +1,6 @@
 """Bad input: an error of the right type that names the argument, what came and what is allowed."""
 
+import math
 import re
 import warnings
 
@@ -138,6 +139,7 @@ BAD = [
     ({"topk": -1}, ValueError, "topk is -1, must be an int >= 1"),
     ({"topk": True}, TypeError, "topk is True (bool), must be an int >= 1"),
     ({"topk": None}, TypeError, "topk is None (NoneType), must be an int >= 1"),
+    ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan, must be finite"),
     ({"softmax_scale": "0.1"}, TypeError, "softmax_scale is '0.1' (str), must be a number or None"),
     # backends
     (
@@ -254,6 +256,7 @@ OP_CHANGES = [
     ({"max_seqlen_k": 10}, "max_seqlen_k is 10, but sequence 0 has 20 tokens"),
     ({"block_size": 0}, "block_size is 0, must be at least 1"),
     ({"topk": 0}, "topk is 0, must be at least 1"),
+    ({"softmax_scale": math.inf}, "softmax_scale is inf, must be finite"),
     ({"q": torch.randn(40, 3, 16)}, "q has 3 heads and k has 2"),
     ({"q": torch.randn(16, 4, 40).transpose(0, 2)}, "q must be contiguous in its last dimension"),
     ({"backend": "flash"}, "backend is 'flash', CPU tensors take 'auto' or 'cpu' here"),

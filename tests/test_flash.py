@@ -77,9 +77,10 @@ def test_one_group(case, with_dlse):
     check(case, with_dlse)
 
 
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
 @pytest.mark.parametrize("case", CASES)
-def test_negative_scale(case):
-    check(case, True, scale=-0.2)
+def test_scale_that_is_not_positive(case, scale):
+    check(case, True, scale=scale)
 
 
 @pytest.mark.parametrize("workspace", [None, 1, 200_000])
