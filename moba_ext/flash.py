@@ -1,5 +1,6 @@
 """The ``flash`` backend: our CUDA gate and routing around FlashAttention's varlen API. ``sm90`` is
-the same but for the routed rows of the forward, which a kernel of ours attends as they lie in q.
+the same, but kernels of ours attend, on rows as they lie in q: of FlashAttention it calls only what
+is dense anyway.
 
 The own blocks of all queries are one causal varlen call, every block its own sequence. The chosen
 past blocks go group by group (KV heads x queries, :func:`make_plan`): route lists the rows that
@@ -30,11 +31,12 @@ WORKSPACE_BYTES: int | None = None
 """Bound on what the groups that run at once hold beside inputs and outputs; assign to change it.
 
 None: 1.5 GiB, or 3/8 of what q, k, v, out and in the backward their gradients take, whichever is
-more. At least one KV head and as many queries as fill the lists of its blocks are held, which
-exceeds the bound where the keys alone do.
+more; sm90, which packs no rows, has 1 GiB or 3/16. At least one KV head and as many queries as fill
+the lists of its blocks are held, which exceeds the bound where the keys alone do.
 """
 
 _ROW_TILE = 128  # rows of a FlashAttention tile, and of one of sm90
+_KEY_TILE = 128  # keys that it has on chip
 _L2_BYTES = 48 << 20  # of a GPU of compute capability 9.0, for the rows of q that sm90 gathers
 
 # The stages in C++ and CUDA.
@@ -130,17 +132,20 @@ def make_plan(
     # FlashAttention's deterministic backward has one thread block for all keys of a segment: long
     # ones leave the others waiting, short ones copy the block's keys more often.
     slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
-    segment_rows = _ROW_TILE if sm90 else max(1024, most)
+    segment_rows = max(1024, most)
+    if sm90:
+        of_backward = 2048 if block_size <= _KEY_TILE else 4096
+        segment_rows = of_backward if backward else _ROW_TILE
     group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
-    bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward)
+    bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward, sm90)
 
     def fits(heads: int, queries: int, at_once: int) -> bool:
         entries = heads * queries * group * slots
         segments = heads * num_blocks + _ceil_div(entries, segment_rows)
         if sm90:
-            sizes = entries * (2 * 4 + 2 * head_dim + 4)  # routing, out, lse
-            most_segments = (2**31 - 1) // block_size
-            if heads > 1 and 2 * head_dim * heads * group * queries > _L2_BYTES:
+            sizes = _sm90_group_bytes(entries, segments, block_size, head_dim, backward)
+            most_segments = min((2**31 - 1) // block_size, 2**30)
+            if not backward and heads > 1 and 2 * head_dim * heads * group * queries > _L2_BYTES:
                 return False
         else:
             sizes = at_once * _group_bytes(entries, segments, block_size, head_dim, backward)
@@ -163,7 +168,7 @@ def make_plan(
         return FlashPlan(False, block_size, *sizes, at_once)
 
     one = plan(1)
-    if not backward or one.heads_per_group == heads_k:
+    if sm90 or not backward or one.heads_per_group == heads_k:
         return one
     # Two at once cost shorter ranges where one fills the workspace. That pays where a thread block
     # takes all keys of a segment in turn: such are few and long.
@@ -175,12 +180,19 @@ def make_plan(
 
 
 def _workspace_bytes(
-    tokens_q: int, tokens_k: int, heads_q: int, heads_k: int, head_dim: int, backward: bool
+    tokens_q: int,
+    tokens_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    backward: bool,
+    sm90: bool,
 ) -> int:
     if WORKSPACE_BYTES is not None:
         return WORKSPACE_BYTES
     q_out_k_v = 4 * head_dim * (heads_q * tokens_q + heads_k * tokens_k)
-    return max(3 << 29, (2 if backward else 1) * q_out_k_v * 3 // 8)
+    tensors = (2 if backward else 1) * q_out_k_v
+    return max(1 << 30, tensors * 3 // 16) if sm90 else max(3 << 29, tensors * 3 // 8)
 
 
 def _group_bytes(
@@ -196,6 +208,16 @@ def _group_bytes(
     rows = 4 if varlen.package() is None else 3
     accumulators = _accumulator_bytes(entries, segments, 1, block_size, head_dim)
     return routing + entries * (rows * row + 4) + accumulators + segments * block_size * 4 * key
+
+
+def _sm90_group_bytes(
+    entries: int, segments: int, block_size: int, head_dim: int, backward: bool
+) -> int:
+    """The same of sm90: the routing and what its attend returns."""
+    if not backward:
+        return entries * (2 * 4 + 2 * head_dim + 4)
+    dq = (4 if block_size > _KEY_TILE else 2) * head_dim
+    return entries * (2 * 4 + dq) + segments * block_size * 4 * head_dim
 
 
 def _accumulator_bytes(
@@ -232,23 +254,29 @@ def planned_sizes(
     """What ``moba_ext.plan`` reports of a call; bytes of the largest group, own blocks included."""
     call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
     group, sizes = heads_q // heads_k, []
-    plans = [make_plan(*call, backward=False, sm90=sm90), make_plan(*call, backward=True)]
+    plans = [make_plan(*call, backward=backward, sm90=sm90) for backward in (False, True)]
+    group_bytes = _sm90_group_bytes if sm90 else _group_bytes
     for plan, backward in zip(plans, (False, True)):
         num_blocks = tokens_k // plan.block_size + batch
         entries = plan.heads_per_group * plan.queries_per_group * group * plan.slots
         segments = plan.heads_per_group * num_blocks + _ceil_div(entries, plan.segment_rows)
         routed = 0
-        if plan.slots and sm90 and not backward:
-            routed = entries * (2 * 4 + 2 * head_dim + 4)
-        elif plan.slots:
-            routed = _group_bytes(entries, segments, plan.block_size, head_dim, backward)
-        if backward:  # dq, dk, dv of the heads of a group, dk and dv also once per query head
-            heads, expanded = plan.heads_per_group * group, group if group > 1 else 0
-            of_keys = 2 * plan.heads_per_group * (1 + expanded) * tokens_k
-            own = 2 * head_dim * (heads * tokens_q + of_keys)
-            own += _accumulator_bytes(
-                tokens_q, num_blocks + batch, heads, plan.block_size, head_dim
-            )
+        if plan.slots:
+            routed = group_bytes(entries, segments, plan.block_size, head_dim, backward)
+        if backward:  # dq, dk, dv of the heads of a group
+            heads = plan.heads_per_group * group
+            own_kernel = sm90 and not plan.dense
+            of_q = 2 if own_kernel and plan.block_size > _KEY_TILE else 1  # in float32
+            own = 2 * head_dim * (of_q * heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
+            if not own_kernel:  # FlashAttention: dk, dv per query head
+                own += 4 * head_dim * heads * tokens_k if group > 1 else 0
+                own += _accumulator_bytes(
+                    tokens_q, num_blocks + batch, heads, plan.block_size, head_dim
+                )
+            else:  # lse and delta of all rows
+                own += 8 * heads_q * tokens_q
+        elif sm90 and not plan.dense:  # out and lse of the heads of a group
+            own = (2 * head_dim + 4) * plan.heads_per_group * group * tokens_q
         else:  # the lse of all heads
             own = 4 * heads_q * tokens_q
         sizes.append(plan.at_once * (own + routed))
@@ -373,20 +401,36 @@ def forward(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
             plan.block_size,
         )
+    own_kernel = sm90 and not plan.dense  # long sequences of one block are FlashAttention's
+
+    def attend_own(heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if not own_kernel:
+            of_q = slice(*(h * (heads_q // heads_k) for h in heads))
+            return own_out[:, of_q], own_lse[of_q]
+        with _stage("attend"):
+            return _stages.sm90_own(
+                *(attended_q, k, v, own.sequences.cu_q, own.sequences.cu_k),
+                *(plan.block_size, scale, *heads),
+            )
+
     # First, so that a short call's device has work while the host launches the gate and routing.
-    with _stage("attend"):
-        own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
+    if own_kernel:
+        out, first_own = q.new_empty(q.shape), attend_own(plan.head_ranges()[0])
+    else:
+        with _stage("attend"):
+            own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
+        # merge writes a row of out after it has read that of the own block: one buffer serves both,
+        # unless FlashAttention gave it the strides of q.
+        out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
+        first_own = attend_own(plan.head_ranges()[0])
     with _stage("block_mean"):
         kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
     with _stage("gate_topk"):
         ids = _stages.gate_topk(
             *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
         )[0]
-    # merge writes a row of out after it has read that of the own block: one buffer serves both,
-    # unless FlashAttention gave it the strides of q.
-    out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
 
-    def run_group(heads: tuple[int, int], queries: tuple[int, int]) -> None:
+    def run_group(heads: tuple[int, int], queries: tuple[int, int], own_part) -> None:
         group = (*heads, *queries)
         if plan.slots:
             with _stage("route"):
@@ -410,16 +454,16 @@ def forward(
         else:
             positions, part_lse = ids.new_empty(0), lse.new_empty(0)
             part_out = q.new_empty(0, 1, head_dim)
-        own_heads = slice(*(h * (heads_q // heads_k) for h in heads))
         with _stage("merge"):
             _stages.flash_merge(
-                *(positions, part_out, part_lse, own_out[:, own_heads], own_lse[own_heads]),
+                *(positions, part_out, part_lse, *own_part),
                 *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
             )
 
     for heads in plan.head_ranges():
+        own_part = attend_own(heads) if heads[0] else first_own
         for queries in plan.query_ranges():
-            run_group(heads, queries)
+            run_group(heads, queries, own_part)
     return out, lse, ids
 
 
@@ -439,6 +483,8 @@ def backward(
     block_size: int,
     topk: int,
     softmax_scale: float | None,
+    *,
+    sm90: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention_backward`` on CUDA tensors -> dq, dk, dv."""
     tokens_q, heads_q, head_dim = q.shape
@@ -447,13 +493,21 @@ def backward(
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
     q, scale, sign = _positive_scale(q, softmax_scale)
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
+    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True, sm90=sm90)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if dlse is not None:
+    own_kernel = sm90 and not plan.dense  # long sequences of one block are FlashAttention's
+    stats = ()
+    if own_kernel:
+        with _stage("attend"):
+            stats = _stages.sm90_row_stats(
+                out, dout, lse, None if dlse is None else dlse.contiguous()
+            )
+    if dlse is not None and not own_kernel:
         out, dlse = varlen.lse_grad(dlse, lse.isneginf(), dout, out)
-    # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
-    lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+    if not own_kernel:
+        # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
+        lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     with _stage("route"):
         own = _own_blocks(
             *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
@@ -461,15 +515,23 @@ def backward(
         )
     batch = cu_seqlens_q, cu_seqlens_k, own.cu_blocks
 
-    def run_heads(heads: tuple[int, int]) -> None:
+    def attend_own(heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        if own_kernel:
+            return _stages.sm90_own_backward(
+                *(dout, q, k, v, *stats, own.sequences.cu_q, own.sequences.cu_k),
+                *(plan.block_size, scale, *heads),
+            )
         of_k = slice(*heads)
         of_q = slice(*(h * (heads_q // heads_k) for h in heads))
         own_dlse = None if dlse is None else dlse._replace(dout=dlse.dout[:, of_q])
+        return varlen.backward(
+            *(dout[:, of_q], own_dlse, q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q]),
+            *(lse[of_q], own.sequences, scale, True),
+        )
+
+    def run_heads(heads: tuple[int, int]) -> None:
         with _stage("attend"):
-            own_dq, *own_dkv = varlen.backward(
-                *(dout[:, of_q], own_dlse, q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q]),
-                *(lse[of_q], own.sequences, scale, True),
-            )
+            own_dq, *own_dkv = attend_own(heads)
         sums = [None, None]
         if len(ranges) > 1:
             shape = (tokens_k, heads[1] - heads[0], head_dim)
@@ -482,34 +544,43 @@ def backward(
         if plan.slots:
             with _stage("route"):
                 routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
-                keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
-                rows = routed.entries, routed.offsets, heads_k, *group
-                q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather(
-                    [q, dout, out], lse, *rows
-                )
-                part_dlse = None
-                if dlse is not None:
-                    part_dlse = dlse._replace(
-                        dout=_stages.flash_gather([dlse.dout], None, *rows)[0]
-                    )
-            with _stage("attend"):
-                part_dq, *part_dkv = varlen.backward(
-                    *(dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows),
-                    *(lse_rows[None], keys.sequences, scale, False),
-                    reuse_out=True,
-                )
+            attend = attend_in_place if sm90 else attend_packed
+            part_dq, *part_dkv = attend(routed, group)
             positions, segment_offsets = routed.positions, routed.segment_offsets
         else:
             lists = (heads[1] - heads[0]) * (tokens_k // plan.block_size + len(cu_seqlens_k) - 1)
             positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
-            part_dq = q.new_empty(0, 1, head_dim)
-            part_dkv = part_dq, part_dq
+            part_dq, part_dk = own_dq.new_empty(0, 1, head_dim), q.new_empty(0, 1, head_dim)
+            part_dkv = part_dk, part_dk
         with _stage("merge"):
             _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
             _stages.flash_reduce_keys(
                 *(segment_offsets, *part_dkv, *own_keys, plan.block_size),
                 *(queries == ranges[0], queries == ranges[-1], *sums),
                 *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
+            )
+
+    def attend_in_place(routed: _Routed, group) -> tuple[Tensor, Tensor, Tensor]:
+        with _stage("attend"):
+            return _stages.sm90_attend_backward(
+                *(dout, q, k, v, *stats, routed.entries, routed.segment_offsets),
+                *(routed.segment_lists, routed.cu_rows, cu_seqlens_k, own.cu_blocks),
+                *(plan.block_size, scale, *group),
+            )
+
+    def attend_packed(routed: _Routed, group) -> tuple[Tensor, Tensor, Tensor]:
+        with _stage("route"):
+            keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
+            rows = routed.entries, routed.offsets, heads_k, *group
+            q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather([q, dout, out], lse, *rows)
+            part_dlse = None
+            if dlse is not None:
+                part_dlse = dlse._replace(dout=_stages.flash_gather([dlse.dout], None, *rows)[0])
+        with _stage("attend"):
+            return varlen.backward(
+                *(dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows),
+                *(lse_rows[None], keys.sequences, scale, False),
+                reuse_out=True,
             )
 
     _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)

@@ -173,9 +173,9 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, b
 @torch.library.register_kernel("moba::attention_backward", "cuda")
 def _(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk,
       softmax_scale=None, backend="auto"):  # fmt: skip
-    _cuda_backend(backend, q)
-    saved = (q, k, v, out, lse, block_ids, cu_q, cu_k)
-    return flash.backward(dout, dlse, *saved, max_q, max_k, block_size, topk, softmax_scale)
+    sizes = max_q, max_k, block_size, topk, softmax_scale
+    sm90 = _cuda_backend(backend, q) == "sm90"
+    return flash.backward(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, *sizes, sm90=sm90)
 
 
 @torch.library.register_fake("moba::attention")

@@ -36,11 +36,11 @@ __device__ Load load(const T* from) {
 
 // The part of a run of offsets [parts + 1] that `at` falls in: the last one with offsets[part] <=
 // at, which is never an empty one. Wants offsets[0] <= at < offsets[parts].
-template <typename Offset>
-__device__ int64_t find_part(const Offset* offsets, int64_t parts, int64_t at) {
-  int64_t low = 0, high = parts;
+template <typename Offset, typename Index>
+__device__ Index find_part(const Offset* offsets, Index parts, int64_t at) {
+  Index low = 0, high = parts;
   while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
+    const Index middle = low + (high - low) / 2;
     (offsets[middle] <= at ? low : high) = middle;
   }
   return low;

@@ -73,10 +73,12 @@ __device__ bool has_keys(const Problem& problem, int64_t query) {
          problem.cu_seqlens_q[b + 1];
 }
 
-template <typename T, int kWidth, int kChunk, bool kBackward>
+// Part: the type of params.part; halves if it is not T.
+template <typename T, typename Part, int kWidth, int kChunk, bool kBackward>
 __global__ void __launch_bounds__(kThreads, kBackward ? 3 : 2)
     merge_kernel(const __grid_constant__ MergeArgs args) {
   using Load = Vector<T, kWidth>;
+  using LoadPart = Vector<Part, kWidth>;
   const MergeParams& params = args.params;
   const Problem& problem = params.problem;
   const uint32_t columns = static_cast<uint32_t>(problem.head_dim) / kWidth;
@@ -92,17 +94,33 @@ __global__ void __launch_bounds__(kThreads, kBackward ? 3 : 2)
       of_query / args.queries * args.group + static_cast<uint32_t>(row) % args.group;
   const int64_t head_q = params.group.head_begin * args.group + head;
 
-  const Load own =
-      load<Load>(static_cast<const T*>(params.own.data) + query * params.own.token_stride +
-                 head * params.own.head_stride + column);
-  const float own_lse = kBackward ? 0.0f : params.own_lse[head * problem.tokens_q + query];
+  const auto in_rows = [&](const void* data, int64_t rows, int64_t at) {
+    if constexpr (std::is_same_v<Part, T>) {
+      return static_cast<const Part*>(data) + at * problem.head_dim + column;
+    }
+    const uint32_t width = static_cast<uint32_t>(problem.head_dim) / 2;
+    const uint32_t half = static_cast<uint32_t>(column) / width;
+    const uint32_t vector = static_cast<uint32_t>(column) % width / 8 ^ at % (width / 8);
+    return static_cast<const Part*>(data) + (half * rows + at) * width + vector * 8 + column % 8;
+  };
+  const int64_t of_head = head * problem.tokens_q + query;  // [heads * G, Tq]
+  int64_t own_row = of_head;
+  const auto* own_at = static_cast<const Part*>(params.own.data) + query * params.own.token_stride +
+                       head * params.own.head_stride + column;
+  if (params.own_rows) {  // [heads, Tq, G]
+    const int64_t tokens = problem.tokens_q,
+                  heads = params.group.head_end - params.group.head_begin;
+    own_row = (of_query / args.queries * tokens + query) * args.group + head % args.group;
+    own_at = in_rows(params.own.data, heads * tokens * args.group, own_row);
+  }
+  const auto own = load<LoadPart>(own_at);
+  const float own_lse = kBackward ? 0.0f : params.own_lse[own_row];
 
-  const T* const part = static_cast<const T*>(params.part) + column;
   const int32_t* const positions = params.positions + row * args.slots;
   Softmax<kWidth> merged;
   for (uint32_t first = 0; first < args.slots; first += kChunk) {
     int32_t at[kChunk];
-    Load loaded[kChunk];
+    LoadPart loaded[kChunk];
     float lse[kChunk];
 #pragma unroll
     for (uint32_t s = 0; s < kChunk; ++s) {
@@ -110,10 +128,10 @@ __global__ void __launch_bounds__(kThreads, kBackward ? 3 : 2)
     }
 #pragma unroll
     for (uint32_t s = 0; s < kChunk; ++s) {
-      loaded[s] = Load{};
+      loaded[s] = LoadPart{};
       lse[s] = -INFINITY;
       if (at[s] >= 0) {
-        loaded[s] = load<Load>(part + at[s] * problem.head_dim);
+        loaded[s] = load<LoadPart>(in_rows(params.part, int64_t{args.rows} * args.slots, at[s]));
         if (!kBackward) lse[s] = params.part_lse[at[s]];
       }
     }
@@ -270,18 +288,20 @@ bool vectors(const void* data, int64_t token_stride, int64_t head_stride) {
          head_stride % 8 == 0;
 }
 
-template <typename T, int kWidth, bool kBackward>
+template <typename T, typename Part, int kWidth, bool kBackward>
 void launch_merge(const MergeArgs& args, cudaStream_t stream) {
   const int64_t lanes = kThreads / (args.params.problem.head_dim / kWidth);
   const auto grid = static_cast<unsigned>(ceil_div(args.rows, lanes));
-  if (args.slots <= 4) {
-    merge_kernel<T, kWidth, 4, kBackward><<<grid, kThreads, 0, stream>>>(args);
-  } else {
-    merge_kernel<T, kWidth, 8, kBackward><<<grid, kThreads, 0, stream>>>(args);
+  if constexpr (std::is_same_v<T, Part>) {  // eight parts in float32 are too many registers
+    if (args.slots > 4) {
+      merge_kernel<T, Part, kWidth, 8, kBackward><<<grid, kThreads, 0, stream>>>(args);
+      return;
+    }
   }
+  merge_kernel<T, Part, kWidth, 4, kBackward><<<grid, kThreads, 0, stream>>>(args);
 }
 
-template <bool kBackward>
+template <typename T, bool kBackward>
 cudaError_t merge_any(const MergeParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
   const int64_t rows = params.group.heads() * params.group.queries() * problem.group();
@@ -290,15 +310,16 @@ cudaError_t merge_any(const MergeParams& params, cudaStream_t stream) {
   const bool wide = problem.head_dim % 8 == 0 && vectors(params.part, 0, 0) &&
                     vectors(params.own.data, params.own.token_stride, params.own.head_stride) &&
                     vectors(params.out.data, params.out.token_stride, params.out.head_stride);
-  if (rows > 0) {
-    if (problem.dtype == DType::kFloat16) {
-      wide ? launch_merge<__half, 8, kBackward>(args, stream)
-           : launch_merge<__half, 1, kBackward>(args, stream);
-    } else {
-      wide ? launch_merge<__nv_bfloat16, 8, kBackward>(args, stream)
-           : launch_merge<__nv_bfloat16, 1, kBackward>(args, stream);
+  if (rows == 0) return cudaSuccess;
+  if constexpr (kBackward) {
+    if (params.halves) {
+      wide ? launch_merge<T, float, 8, true>(args, stream)
+           : launch_merge<T, float, 1, true>(args, stream);
+      return cudaGetLastError();
     }
   }
+  wide ? launch_merge<T, T, 8, kBackward>(args, stream)
+       : launch_merge<T, T, 1, kBackward>(args, stream);
   return cudaGetLastError();
 }
 
@@ -314,11 +335,13 @@ void launch_reduce(const ReduceParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t merge(const MergeParams& params, cudaStream_t stream) {
-  return merge_any<false>(params, stream);
+  return params.problem.dtype == DType::kFloat16 ? merge_any<__half, false>(params, stream)
+                                                 : merge_any<__nv_bfloat16, false>(params, stream);
 }
 
 cudaError_t merge_backward(const MergeParams& params, cudaStream_t stream) {
-  return merge_any<true>(params, stream);
+  return params.problem.dtype == DType::kFloat16 ? merge_any<__half, true>(params, stream)
+                                                 : merge_any<__nv_bfloat16, true>(params, stream);
 }
 
 cudaError_t reduce_keys(const ReduceParams& params, cudaStream_t stream) {

@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> flash_gather_keys(Tensor k, Tensor v, Tensor cu_seqle
 }
 
 // What both merges take; `out` [Tq, Hq, D] tells the sizes.
-MergeParams merge_params(const Tensor& positions, const Tensor& part, const Tensor& own,
+MergeParams merge_params(const Tensor& positions, const Tensor& part, ScalarType part_dtype,
                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                          const Tensor& cu_blocks, int64_t heads_k, const Group& group,
                          const Tensor& out) {
@@ -250,31 +250,45 @@ MergeParams merge_params(const Tensor& positions, const Tensor& part, const Tens
   const int64_t rows = check_group(problem, group);
   problem.slots = slots_of(positions, "positions", rows);
   check_vector(positions, "positions", ScalarType::Int, -1, out);
-  check_packed(part, "part", out.scalar_type(), positions.numel(), problem.head_dim, out);
-  check_shape(own, "own", out, problem.tokens_q, group.heads() * problem.group(), problem.head_dim);
+  check_packed(part, "part", part_dtype, positions.numel(), problem.head_dim, out);
   check_offsets(cu_seqlens_q, "cu_seqlens_q", out, "out");
   set_sequences(problem, cu_blocks, cu_seqlens_q, cu_seqlens_k);
   params.group = group;
   params.positions = data_of<int32_t>(positions);
   params.part = part.const_data_ptr();
-  params.own = rows_of(own);
   params.out = mutable_rows_of(out);
   return params;
 }
 
+// own [Tq, heads * G, D], or [heads * Tq * G, 1, D] as sm90 leaves it, whatever its dtype then.
+void set_own(MergeParams& params, const Tensor& own, ScalarType dtype, const Tensor& out) {
+  const Problem& problem = params.problem;
+  const int64_t heads = params.group.heads() * problem.group();
+  params.own_rows = own.size(0) != problem.tokens_q || own.size(1) != heads;
+  if (params.own_rows) {
+    check_packed(own, "own", dtype, heads * problem.tokens_q, problem.head_dim, out);
+    params.own.data = own.const_data_ptr();
+  } else {
+    check_shape(own, "own", out, problem.tokens_q, heads, problem.head_dim);
+    params.own = rows_of(own);
+  }
+}
+
 // part_out [R * K, 1, D], part_lse float32 [R * K], own_out [Tq, heads * G, D], own_lse float32
-// [heads * G, Tq] -> the group's part of out [Tq, Hq, D] and lse float32 [Hq, Tq], in place. out
-// may be own_out; lse may not be own_lse.
+// [heads * G, Tq], or both as sm90 leaves them, [heads * Tq * G] -> the group's part of out [Tq,
+// Hq, D] and lse float32 [Hq, Tq], in place. out may be own_out; lse may not be own_lse.
 void flash_merge(Tensor positions, Tensor part_out, Tensor part_lse, Tensor own_out, Tensor own_lse,
                  Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_blocks, int64_t heads_k,
                  int64_t head_begin, int64_t head_end, int64_t query_begin, int64_t query_end,
                  Tensor out, Tensor lse) {
   MergeParams params =
-      merge_params(positions, part_out, own_out, cu_seqlens_q, cu_seqlens_k, cu_blocks, heads_k,
-                   {head_begin, head_end, query_begin, query_end}, out);
+      merge_params(positions, part_out, out.scalar_type(), cu_seqlens_q, cu_seqlens_k, cu_blocks,
+                   heads_k, {head_begin, head_end, query_begin, query_end}, out);
+  set_own(params, own_out, out.scalar_type(), out);
   const Problem& problem = params.problem;
   check_packed(part_lse, "part_lse", ScalarType::Float, positions.numel(), 1, out);
-  check_packed(own_lse, "own_lse", ScalarType::Float, own_out.size(1), problem.tokens_q, out);
+  check_packed(own_lse, "own_lse", ScalarType::Float, params.group.heads() * problem.group(),
+               problem.tokens_q, out);
   check_packed(lse, "lse", ScalarType::Float, problem.heads_q, problem.tokens_q, out);
   params.part_lse = data_of<float>(part_lse);
   params.own_lse = data_of<float>(own_lse);
@@ -283,14 +297,21 @@ void flash_merge(Tensor positions, Tensor part_out, Tensor part_lse, Tensor own_
   STD_CUDA_CHECK(merge(params, current_stream(out)));
 }
 
-// part_dq [R * K, 1, D], own_dq [Tq, heads * G, D] -> the group's part of dq [Tq, Hq, D], in place.
+// part_dq [R * K, 1, D] and own_dq [Tq, heads * G, D] -> the group's part of dq [Tq, Hq, D], in
+// place. Or both as sm90 leaves them: own_dq [heads * Tq * G, 1, D], or float32 [2, heads * Tq * G,
+// D / 2] with part_dq float32 [2, R * K, D / 2].
 void flash_merge_backward(Tensor positions, Tensor part_dq, Tensor own_dq, Tensor cu_seqlens_q,
                           Tensor cu_seqlens_k, Tensor cu_blocks, int64_t heads_k,
                           int64_t head_begin, int64_t head_end, int64_t query_begin,
                           int64_t query_end, Tensor dq) {
-  const MergeParams params =
-      merge_params(positions, part_dq, own_dq, cu_seqlens_q, cu_seqlens_k, cu_blocks, heads_k,
+  const bool halves = own_dq.scalar_type() == ScalarType::Float;
+  const ScalarType dtype = halves ? ScalarType::Float : dq.scalar_type();
+  MergeParams params =
+      merge_params(positions, part_dq, dtype, cu_seqlens_q, cu_seqlens_k, cu_blocks, heads_k,
                    {head_begin, head_end, query_begin, query_end}, dq);
+  set_own(params, own_dq, dtype, dq);
+  MOBA_CHECK(!halves || params.own_rows, "own_dq in float32 must be in halves");
+  params.halves = halves;
   const DeviceGuard guard(dq.get_device_index());
   STD_CUDA_CHECK(merge_backward(params, current_stream(dq)));
 }

@@ -121,11 +121,13 @@ struct MergeParams {
   Group group;
   const int32_t* positions;  // [R * K]
   const void* part;          // [R * K, D]
-  const float* part_lse;     // [R * K] natural log; merge only
-  Rows own;                  // [Tq, heads * G, D]
-  const float* own_lse;      // [heads * G, Tq] natural log; merge only
-  MutableRows out;           // [Tq, Hq, D]; may be the memory of own if element for element
-  float* lse;                // [Hq, Tq]; merge only; not the memory of own_lse
+  bool halves;            // part and own are float32, in halves as in sm90/stages.h; backward only
+  const float* part_lse;  // [R * K] natural log; merge only
+  Rows own;               // [Tq, heads * G, D]
+  bool own_rows;          // or [heads, Tq, G, D], from sm90; merge_backward only
+  const float* own_lse;   // [heads * G, Tq] natural log; merge only
+  MutableRows out;        // [Tq, Hq, D]; may be the memory of own if element for element
+  float* lse;             // [Hq, Tq]; merge only; not the memory of own_lse
 };
 
 // One softmax over the parts of a row -> out, lse of the group's heads and queries. A query without

@@ -12,20 +12,16 @@
 //
 // A consumer has one step's product with v under way while it works on the scores of the next.
 //
-// Tiles in shared memory are panels of 64 columns; the 16-byte vectors of a row of 128 bytes swap
-// places by the row's number modulo 8, as wgmma's 128-byte swizzle has it.
+// Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
+// its keys up to each query's.
 
 #include <cmath>
-#include <utility>
 
-#include "cuda/device.cuh"
-#include "cuda/sm90/ptx.cuh"
-#include "cuda/sm90/stages.h"
+#include "cuda/sm90/routed.cuh"
 
 namespace moba::cuda::sm90 {
 namespace {
 
-constexpr int kGroupThreads = 128;  // of a warp group
 constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kRows = 64 * kConsumers;  // of a segment at most
@@ -54,58 +50,50 @@ struct Shared {
   static __device__ uint32_t v(int stage) { return k(stage) + kKeyBytes; }
 };
 
-// Byte of a row's vector in a tile of `rows` rows.
-__device__ int vector_at(int rows, int row, int vector) {
-  return vector / 8 * rows * 128 + row * 128 + (vector % 8 ^ row % 8) * 16;
-}
-
-// Where one side of a ring is.
-template <int kStages>
-struct Ring {
-  uint32_t full, empty;  // mbarriers of stage 0; those of the next are 8 bytes on
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ Ring(uint32_t full, uint32_t empty) : full(full), empty(empty) {}
-  __device__ uint32_t full_barrier() const { return full + stage * 8; }
-  __device__ uint32_t empty_barrier() const { return empty + stage * 8; }
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-struct Segment {
-  int first, rows;  // in the packed rows
-  int list;
-
-  __device__ Segment(const AttendForwardParams& params, int segment)
-      : first(params.cu_rows[segment]),
-        rows(params.cu_rows[segment + 1] - params.cu_rows[segment]),
-        list(params.segment_lists[segment]) {}
-};
-
-// The segments of a thread block: a run where a list's keys stay for all of it; else every so many,
-// so that the thread blocks read the same keys at the same time.
+// The items of a thread block: a run where a list's keys stay for all of it; else every so many, so
+// that the thread blocks read the same keys at the same time.
+template <bool kOwn>
 struct Share {
   int first, last, step;
+  int parts;  // of an own block
 
   __device__ Share(const AttendForwardParams& params, int key_tiles) {
-    const int64_t segments = params.segment_offsets[params.lists];
+    const int64_t own_rows = params.problem.block_size * params.group;
+    parts = static_cast<int>((own_rows + kRows - 1) / kRows);
+    const int64_t items = kOwn ? int64_t{params.own_blocks} * params.heads * parts
+                               : params.segment_offsets[params.lists];
     first = blockIdx.x;
-    last = static_cast<int>(segments);
+    last = static_cast<int>(items);
     step = gridDim.x;
     if (key_tiles == 1) {
-      first = static_cast<int>(segments * blockIdx.x / gridDim.x);
-      last = static_cast<int>(segments * (blockIdx.x + 1) / gridDim.x);
+      first = static_cast<int>(items * blockIdx.x / gridDim.x);
+      last = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
       step = 1;
     }
   }
+
+  __device__ Item item(const RoutedRows& routed, int i) const {
+    return {routed, i, kOwn, parts, kRows};
+  }
+
+  // The next one after i that has rows, or one beyond the last.
+  __device__ int after(const RoutedRows& routed, int i) const {
+    do {
+      i += step;
+    } while (kOwn && i < last && item(routed, i).rows <= 0);
+    return i;
+  }
 };
 
-template <int kDim, int kKeys>
+// Tiles of keys that an item's rows see.
+template <int kKeys, bool kOwn>
+__device__ int tiles_of(const RoutedRows& routed, const Item& item, int key_tiles) {
+  if (!kOwn) return key_tiles;
+  const int last = (item.begin + item.rows - 1) / static_cast<int>(routed.group);
+  return (item.offset + last) / kKeys + 1;
+}
+
+template <int kDim, int kKeys, bool kOwn>
 class Producer {
   using Layout = Shared<kDim, kKeys>;
   static constexpr int kVectors = Layout::kVectors;
@@ -119,117 +107,74 @@ class Producer {
         shared_(shared),
         q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
         k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
-        v_(shared + Layout::kVFull, shared + Layout::kVEmpty),
-        thread_(threadIdx.x),
-        vector_(threadIdx.x % kVectors),
-        row_(threadIdx.x / kVectors) {}
+        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
 
-  __device__ void run(const Share& share, int key_tiles) {
+  __device__ void run(int key_tiles) {
+    const Share<kOwn> share(params_, key_tiles);
     int list = -1;
-    for (int i = share.first; i < share.last; i += share.step) {
-      const Segment segment(params_, i);
-      const bool fresh = segment.list != list;
-      if (fresh) find_block(segment.list);
-      list = segment.list;
-      load_q(segment);
-      if (fresh || key_tiles > 1) {
-        for (int tile = 0; tile < key_tiles; ++tile) {
-          load_keys(params_.k, k_, Layout::k(k_.stage), tile);
-          load_keys(params_.v, v_, Layout::v(v_.stage), tile);
+    for (int i = share.after(params_, share.first - share.step); i < share.last;
+         i = share.after(params_, i)) {
+      const Item item = share.item(params_, i);
+      load_q(item);
+      if (item.list != list || key_tiles > 1) {
+        const int tiles = tiles_of<kKeys, kOwn>(params_, item, key_tiles);
+        for (int tile = 0; tile < tiles; ++tile) {
+          load_keys(params_.k, item, k_, Layout::k(k_.stage), tile);
+          load_keys(params_.v, item, v_, Layout::v(v_.stage), tile);
         }
       }
+      list = item.list;
     }
-    deliver<0>();
+    copies_.deliver<0>();
   }
 
  private:
-  // Where the list's keys begin, and its head.
-  __device__ void find_block(int list) {
-    const Problem& problem = params_.problem;
-    const int64_t block = list / params_.heads;
-    const int64_t sequence = find_sequence(problem.cu_blocks, problem.batch, block);
-    key_ =
-        problem.cu_seqlens_k[sequence] + (block - problem.cu_blocks[sequence]) * problem.block_size;
-    head_ = list % params_.heads;
-  }
-
-  __device__ void load_q(const Segment& segment) {
+  __device__ void load_q(const Item& item) {
     // Lane: the warp's row (lane % kVectors) * kRowStep + its offset in q, in vectors.
-    const int lane = thread_ % 32, warp = thread_ / 32;
+    const int thread = fresh_thread_index(), lane = thread % 32, warp = thread / 32;
     const int mine = lane % kVectors * kRowStep + warp * (32 / kVectors) + lane / kVectors;
-    const uint32_t entry =
-        params_.entries[segment.first + min(mine, segment.rows - 1)] / params_.slots;
-    const uint32_t of_query = entry / params_.group;
-    const uint32_t query = params_.query_begin + of_query - head_ * params_.queries;
-    const uint32_t head =
-        (params_.head_begin + head_) * params_.group + entry - of_query * params_.group;
-    const uint32_t offset = query * params_.q_token_step + head * params_.q_head_step;
-    acquire(q_);
+    const int row = min(mine, item.rows - 1);
+    const RowPlace place =
+        kOwn ? RowPlace::in_order(params_, item.head, item.query, item.begin + row)
+             : RowPlace::of_entry(params_, item.head, params_.entries[item.row + row]);
+    const uint32_t offset = params_.q.at(place.query, place.head);
+    copies_.acquire(q_);
     const uint32_t to = shared_ + Layout::q(q_.stage);
+    const int vector = thread % kVectors;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const uint32_t from = __shfl_sync(~0u, offset, lane / kVectors * kVectors + i);
-      copy_async(to + vector_at(kRows, row_ + i * kRowStep, vector_),
-                 static_cast<const uint4*>(params_.q.data) + from + vector_, true);
+      copy_async(to + vector_at(kRows, thread / kVectors + i * kRowStep, vector),
+                 params_.q.data + from + vector, true);
     }
-    commit_copies();
-    issued(q_);
+    copies_.issued(q_);
   }
 
-  __device__ void load_keys(const Rows& rows, Ring<kKeyStages>& ring, uint32_t to, int tile) {
-    acquire(ring);
-    const int first = tile * kKeys, left = static_cast<int>(params_.problem.block_size) - first;
-    const auto* from = static_cast<const uint16_t*>(rows.data) +
-                       (key_ + first + row_) * rows.token_stride +
-                       (params_.head_begin + head_) * rows.head_stride + vector_ * 8;
+  __device__ void load_keys(const RowVectors& rows, const Item& item, Ring<kKeyStages>& ring,
+                            uint32_t to, int tile) {
+    copies_.acquire(ring);
+    const int thread = fresh_thread_index(), vector = thread % kVectors;
+    const int first = tile * kKeys, left = item.keys - first;
+    uint32_t from =
+        rows.at(item.key + first + thread / kVectors, params_.head_begin + item.head) + vector;
 #pragma unroll 8
-    for (int row = row_; row < kKeys; row += kRowStep) {
-      copy_async(shared_ + to + vector_at(kKeys, row, vector_), from, row < left);
-      from += kRowStep * rows.token_stride;
+    for (int row = thread / kVectors; row < kKeys; row += kRowStep) {
+      copy_async(shared_ + to + vector_at(kKeys, row, vector), rows.data + from, row < left);
+      from += kRowStep * rows.token_step;
     }
-    commit_copies();
-    issued(ring);
-  }
-
-  // Waits for a stage to be free. What is on its way must not wait for that.
-  template <int kStages>
-  __device__ void acquire(const Ring<kStages>& ring) {
-    if (!try_wait(ring.empty_barrier(), ring.parity ^ 1)) {
-      deliver<0>();
-      wait(ring.empty_barrier(), ring.parity ^ 1);
-    }
-  }
-
-  // One load stays on its way while the next is issued.
-  template <int kStages>
-  __device__ void issued(Ring<kStages>& ring) {
-    deliver<1>();
-    pending_ = ring.full_barrier();
-    ring.advance();
-  }
-
-  template <int kPending>
-  __device__ void deliver() {
-    if (pending_ == 0) return;
-    wait_copies<kPending>();
-    fence_async_proxy();
-    arrive(pending_);
-    pending_ = 0;
+    copies_.issued(ring);
   }
 
   const AttendForwardParams& params_;
   uint32_t shared_;
   Ring<kQStages> q_;
   Ring<kKeyStages> k_, v_;
-  int thread_, vector_, row_;
-  int64_t key_ = 0;
-  uint32_t head_ = 0;
-  uint32_t pending_ = 0;  // barrier of a load that is on its way, or 0
+  Copies copies_;
 };
 
-// kWhole: the block is whole tiles of keys. No branch may stand between the products of a step and
-// the wait for them, or the compiler waits before it.
-template <typename T, int kDim, int kKeys, bool kWhole>
+// kOwn: own blocks. kWhole: the block is whole tiles of keys. No branch may stand between the
+// products of a step and the wait for them, or the compiler waits before it.
+template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
 class Consumer {
   using Layout = Shared<kDim, kKeys>;
 
@@ -244,22 +189,26 @@ class Consumer {
         index_(index),
         thread_(threadIdx.x % kGroupThreads) {}
 
-  __device__ void run(const Share& share, int key_tiles) {
-    if (share.first >= share.last) return;
-    int i = share.first, tile = 0, list = -1;
-    Segment segment(params_, i);
+  __device__ void run(int key_tiles) {
+    const Share<kOwn> share(params_, key_tiles);
+    int i = share.after(params_, share.first - share.step), tile = 0, list = -1;
+    if (i >= share.last) return;
+    Item item = share.item(params_, i);
+    int tiles = tiles_of<kKeys, kOwn>(params_, item, key_tiles);
     wait(q_.full_barrier(), q_.parity);
-    step<true>(segment, tile, true);
+    step<true>(item, tile, true);
     for (;;) {
-      if (++tile == key_tiles) {
+      if (++tile == tiles) {
         tile = 0;
         q_.advance();
-        if ((i += share.step) >= share.last) break;
-        list = segment.list;
-        segment = Segment(params_, i);
+        i = share.after(params_, i);
+        if (i >= share.last) break;
+        list = item.list;
+        item = share.item(params_, i);
+        tiles = tiles_of<kKeys, kOwn>(params_, item, key_tiles);
         wait(q_.full_barrier(), q_.parity);
       }
-      step<false>(segment, tile, key_tiles > 1 || segment.list != list);
+      step<false>(item, tile, key_tiles > 1 || item.list != list);
     }
     wait_values();
     values();
@@ -275,12 +224,12 @@ class Consumer {
     int v_stage;
     uint32_t v_parity;
     int q_stage;
-    int first, rows;  // of its segment
+    int row, rows;  // of its item
   };
 
   // fresh: with a tile of keys that the step before did not have.
   template <bool kFirst>
-  __device__ void step(const Segment& segment, int tile, bool fresh) {
+  __device__ void step(const Item& item, int tile, bool fresh) {
     if (fresh) {
       if (!kFirst) {
         release(Layout::kKEmpty + k_.stage * 8);
@@ -300,7 +249,7 @@ class Consumer {
     hold(s_);
     const float max[2] = {max_[0], max_[1]}, sum[2] = {sum_[0], sum_[1]};
     float factor[2];
-    softmax(tile, factor);
+    softmax(item, tile, factor);
     // ptxas would put the wait for the other product before the exponentials; not before a barrier
     // whose number they decide. Sums are not negative.
     sync_warp_group(1 + index_ + (sum_[0] + sum_[1] < 0.0f ? kConsumers : 0));
@@ -312,7 +261,7 @@ class Consumer {
     }
     if (tile > 0) rescale(factor);
     pack_weights();
-    before_ = {tile > 0, v_.stage, v_.parity, q_.stage, segment.first, segment.rows};
+    before_ = {tile > 0, v_.stage, v_.parity, q_.stage, item.row, item.rows};
   }
 
   // S = q k^T
@@ -331,8 +280,8 @@ class Consumer {
   // S -> P = exp2(S - max) in its place, with sums and maxima of the two rows of a thread. factor:
   // of what was summed with the maximum before. kChains results side by side hide the latency that
   // two warps per scheduler can't.
-  __device__ void softmax(int tile, float (&factor)[2]) {
-    if constexpr (!kWhole) mask(static_cast<int>(params_.problem.block_size) - tile * kKeys);
+  __device__ void softmax(const Item& item, int tile, float (&factor)[2]) {
+    if constexpr (kOwn || !kWhole) mask(item, tile);
     constexpr int kChains = 4;
     float most[2][kChains], sum[2][kChains], shift[2];
 #pragma unroll
@@ -368,11 +317,21 @@ class Consumer {
     }
   }
 
-  __device__ void mask(int left) {
-    const int column = thread_ % 4 * 2;
+  // Keys beyond the block, or after an own block's query, count for nothing.
+  __device__ void mask(const Item& item, int tile) {
+    int left[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      left[half] = item.keys - tile * kKeys - thread_ % 4 * 2;
+      if constexpr (kOwn) {
+        const int row = index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4 + half * 8;
+        const int of_query = (item.begin + row) / static_cast<int>(params_.group);
+        left[half] = item.offset + of_query + 1 - tile * kKeys - thread_ % 4 * 2;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      s_[i] = i / 4 * 8 + column + i % 2 < left ? s_[i] : -INFINITY;
+      s_[i] = i / 4 * 8 + i % 2 < left[i / 2 % 2] ? s_[i] : -INFINITY;
     }
   }
 
@@ -383,7 +342,7 @@ class Consumer {
 
   __device__ void pack_weights() {
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) p_[i / 4][i % 4] = pack(s_[2 * i], s_[2 * i + 1]);
+    for (int i = 0; i < kKeys / 4; ++i) p_[i / 4][i % 4] = pack<T>(s_[2 * i], s_[2 * i + 1]);
   }
 
   __device__ void wait_values() {
@@ -401,16 +360,6 @@ class Consumer {
     commit_wgmma();
   }
 
-  static __device__ uint32_t pack(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) {
-      const __half2 pair = __floats2half2_rn(low, high);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  }
-
   // The warp group's 64 rows of the segment of the step before, by way of their place in the tile
   // of q, which is free then.
   __device__ void store(const float (&max)[2], const float (&sum)[2]) {
@@ -421,21 +370,21 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       const int row = thread_ / 32 * 16 + lane / 4 + half * 8;
       if (lane % 4 == 0 && begin + row < step.rows) {
-        params_.part_lse[step.first + begin + row] =
+        params_.part_lse[step.row + begin + row] =
             max[half] * params_.scale_log2 * kLn2 + logf(sum[half]);
       }
       const float scale = 1.0f / sum[half];
 #pragma unroll
       for (int i = 0; i < kDim / 2; i += 4) {
         *reinterpret_cast<uint32_t*>(tile + vector_at(kRows, row, i / 4) + lane % 4 * 4) =
-            pack(out_[i + 2 * half] * scale, out_[i + 2 * half + 1] * scale);
+            pack<T>(out_[i + 2 * half] * scale, out_[i + 2 * half + 1] * scale);
       }
     }
     sync_warp_group(1 + index_);
     constexpr int kVectors = Layout::kVectors, kRowStep = kGroupThreads / kVectors;
     const int vector = thread_ % kVectors;
     uint4* const to = static_cast<uint4*>(params_.part_out) +
-                      static_cast<int64_t>(step.first + begin) * kVectors + vector;
+                      static_cast<int64_t>(step.row + begin) * kVectors + vector;
 #pragma unroll
     for (int i = 0; i < 64 / kRowStep; ++i) {
       const int row = thread_ / kVectors + i * kRowStep;
@@ -464,7 +413,7 @@ class Consumer {
   float max_[2] = {}, sum_[2] = {};
 };
 
-template <typename T, int kDim, int kKeys, bool kWhole>
+template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_forward_kernel(const __grid_constant__ AttendForwardParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -487,51 +436,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const int key_tiles = static_cast<int>((params.problem.block_size + kKeys - 1) / kKeys);
-  const Share share(params, key_tiles);
   if (threadIdx.x < kGroupThreads) {
     release_registers<40>();
-    Producer<kDim, kKeys>(params, shared).run(share, key_tiles);
+    Producer<kDim, kKeys, kOwn>(params, shared).run(key_tiles);
   } else {
     claim_registers<232>();
-    Consumer<T, kDim, kKeys, kWhole>(params, unaligned + (shared - start), shared,
-                                     __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0) - 1)
-        .run(share, key_tiles);
+    Consumer<T, kDim, kKeys, kOwn, kWhole>(params, unaligned + (shared - start), shared,
+                                           __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0) - 1)
+        .run(key_tiles);
   }
 #else
   __trap();  // launch() has let it pass, and there is no code for this chip
 #endif
 }
 
-template <typename T, int kDim, int kKeys, bool kWhole>
+template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
 cudaError_t launch(const AttendForwardParams& params, cudaStream_t stream) {
-  const auto kernel = attend_forward_kernel<T, kDim, kKeys, kWhole>;
-  constexpr int kBytes = Shared<kDim, kKeys>::kBytes;
-  int device = 0, processors = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  for (const auto& [value, attribute] : {std::pair{&processors, cudaDevAttrMultiProcessorCount},
-                                         {&major, cudaDevAttrComputeCapabilityMajor},
-                                         {&minor, cudaDevAttrComputeCapabilityMinor}}) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-  }
-  if (error == cudaSuccess && (major != 9 || minor != 0)) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  }
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(processors), kThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch_persistent(attend_forward_kernel<T, kDim, kKeys, kOwn, kWhole>, kThreads,
+                           Shared<kDim, kKeys>::kBytes, params, stream);
 }
 
 template <typename T, int kDim, int kKeys>
-cudaError_t launch_whole(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.block_size % kKeys == 0 ? launch<T, kDim, kKeys, true>(params, stream)
-                                                : launch<T, kDim, kKeys, false>(params, stream);
+cudaError_t launch_kind(const AttendForwardParams& params, cudaStream_t stream) {
+  if (params.own_blocks > 0) return launch<T, kDim, kKeys, true, true>(params, stream);
+  return params.problem.block_size % kKeys == 0
+             ? launch<T, kDim, kKeys, false, true>(params, stream)
+             : launch<T, kDim, kKeys, false, false>(params, stream);
 }
 
 template <typename T, int kDim>
 cudaError_t launch_keys(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.block_size <= 64 ? launch_whole<T, kDim, 64>(params, stream)
-                                         : launch_whole<T, kDim, 128>(params, stream);
+  return params.problem.block_size <= 64 ? launch_kind<T, kDim, 64>(params, stream)
+                                         : launch_kind<T, kDim, 128>(params, stream);
 }
 
 template <typename T>

@@ -13,11 +13,50 @@ inline __device__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew: what follows from it is not computed ahead and kept in registers.
+inline __device__ int fresh_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // 16 bytes, or zeros.
 inline __device__ void copy_async(uint32_t to_shared, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+// 4 bytes.
+inline __device__ void copy_async(uint32_t to_shared, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
+}
+inline __device__ void store_shared(uint32_t to_shared, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
+}
+inline __device__ void store_shared(uint32_t to_shared, float2 value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to_shared), "f"(value.x), "f"(value.y)
+               : "memory");
+}
+inline __device__ float2 load_floats(uint32_t from_shared) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(from_shared)
+               : "memory");
+  return value;
+}
+inline __device__ int load_shared_int(uint32_t from_shared) {
+  int value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from_shared) : "memory");
+  return value;
+}
+inline __device__ uint4 load_shared(uint32_t from_shared) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from_shared)
+               : "memory");
+  return value;
 }
 inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -25,9 +64,13 @@ __device__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// What this thread has written to shared memory becomes visible to wgmma.
+// What this thread has written to shared memory becomes visible to wgmma and bulk copies.
 inline __device__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// What it sees in global memory comes before its bulk copies.
+inline __device__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 inline __device__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
@@ -54,9 +97,44 @@ inline __device__ void wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
-// Barrier of 128 threads, of a warp group.
-inline __device__ void sync_warp_group(int id) {
-  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+template <int kThreads>
+__device__ void sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+inline __device__ void sync_warp_group(int id) { sync<128>(id); }
+
+inline __device__ void store_global(void* to, uint4 value, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(
+          to),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(static_cast<uint32_t>(valid))
+      : "memory");
+}
+
+// Bulk copies from shared to global memory, for one thread: float32 may be added to what is there.
+inline __device__ void copy_bulk(void* to, uint32_t from_shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(from_shared), "r"(bytes)
+               : "memory");
+}
+inline __device__ void add_bulk(float* to, uint32_t from_shared, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from_shared), "r"(bytes)
+      : "memory");
+}
+inline __device__ void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Those of this thread are done, and it sees what they have written.
+inline __device__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Messages between thread blocks: what the writer saw, the reader sees.
+inline __device__ void store_release(int32_t* to, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+inline __device__ int32_t load_acquire(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
 }
 
 template <int kRegisters>
@@ -102,6 +180,7 @@ inline __device__ float exp2_fast(float x) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MOBA_D32(d, i) MOBA_D8(d, i), MOBA_D8(d, i + 8), MOBA_D8(d, i + 16), MOBA_D8(d, i + 24)
+#define MOBA_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MOBA_R32                                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -112,13 +191,14 @@ inline __device__ float exp2_fast(float x) {
 
 // d [64, N] (+)= a [64, 16] b [16, N]; element 4 * j + i of a thread's d is row 16 * warp + lane /
 // 4
-// + i / 2 * 8, column 8 * j + lane % 4 * 2 + i % 2. accumulate false: d = a b.
+// + 8 * (i / 2), column 8 * j + 2 * (lane % 4) + i % 2. accumulate false: d = a b.
 //
 // With a and b [N, 16] in shared memory, k along their rows of 128 bytes:
-#define MOBA_MMA_SHARED(N, TYPE, REGISTERS, A, B, P, ...)                                     \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N \
-               "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B ", p, 1, 1, 0, 0; }"    \
-               : __VA_ARGS__                                                                  \
+#define MOBA_MMA_SHARED(N, TYPE, REGISTERS, A, B, P, TRANSPOSED, ...)                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N  \
+               "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B ", p, 1, 1, " TRANSPOSED \
+               "; }"                                                                           \
+               : __VA_ARGS__                                                                   \
                : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)))
 // With a in registers, as the d of a product with its columns as k, and b [16, N] in shared memory,
 // N along its rows of 128 bytes:
@@ -132,18 +212,20 @@ inline __device__ float exp2_fast(float x) {
 template <typename T>
 __device__ void mma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    MOBA_MMA_SHARED("128", "f16", MOBA_R64, "%64", "%65", "%66", MOBA_D32(d, 0), MOBA_D32(d, 32));
+    MOBA_MMA_SHARED("128", "f16", MOBA_R64, "%64", "%65", "%66", "0, 0", MOBA_D32(d, 0),
+                    MOBA_D32(d, 32));
   } else {
-    MOBA_MMA_SHARED("128", "bf16", MOBA_R64, "%64", "%65", "%66", MOBA_D32(d, 0), MOBA_D32(d, 32));
+    MOBA_MMA_SHARED("128", "bf16", MOBA_R64, "%64", "%65", "%66", "0, 0", MOBA_D32(d, 0),
+                    MOBA_D32(d, 32));
   }
 }
 
 template <typename T>
 __device__ void mma(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    MOBA_MMA_SHARED("64", "f16", MOBA_R32, "%32", "%33", "%34", MOBA_D32(d, 0));
+    MOBA_MMA_SHARED("64", "f16", MOBA_R32, "%32", "%33", "%34", "0, 0", MOBA_D32(d, 0));
   } else {
-    MOBA_MMA_SHARED("64", "bf16", MOBA_R32, "%32", "%33", "%34", MOBA_D32(d, 0));
+    MOBA_MMA_SHARED("64", "bf16", MOBA_R32, "%32", "%33", "%34", "0, 0", MOBA_D32(d, 0));
   }
 }
 
@@ -167,8 +249,30 @@ __device__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool acc
   }
 }
 
+// With a [16, 64] and b [16, N] in shared memory, M and N along their rows of 128 bytes:
+template <typename T>
+__device__ void mma_transposed(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_SHARED("64", "f16", MOBA_R32, "%32", "%33", "%34", "1, 1", MOBA_D32(d, 0));
+  } else {
+    MOBA_MMA_SHARED("64", "bf16", MOBA_R32, "%32", "%33", "%34", "1, 1", MOBA_D32(d, 0));
+  }
+}
+
+template <typename T>
+__device__ void mma_transposed(float (&d)[16], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_SHARED("32", "f16", MOBA_R16, "%16", "%17", "%18", "1, 1", MOBA_D8(d, 0),
+                    MOBA_D8(d, 8));
+  } else {
+    MOBA_MMA_SHARED("32", "bf16", MOBA_R16, "%16", "%17", "%18", "1, 1", MOBA_D8(d, 0),
+                    MOBA_D8(d, 8));
+  }
+}
+
 #undef MOBA_D8
 #undef MOBA_D32
+#undef MOBA_R16
 #undef MOBA_R32
 #undef MOBA_R64
 #undef MOBA_MMA_SHARED

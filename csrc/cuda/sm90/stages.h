@@ -1,17 +1,29 @@
 // The stages that run on compute capability 9.0 alone (Hopper); as cuda/stages.h has it.
 #pragma once
 
+#include <vector_types.h>
+
 #include "cuda/stages.h"
 
 namespace moba::cuda::sm90 {
 
-constexpr int kSegmentRows = 128;  // at most
+constexpr int kSegmentRows = 128;  // of attend_forward at most
 
-// The routed rows of a group against the keys of the blocks that they chose.
-struct AttendForwardParams {
+// A tensor [T, H, D] by vectors of 16 bytes, 2^32 of them at most.
+struct RowVectors {
+  const uint4* data;
+  uint32_t token_step, head_step;
+
+  __device__ uint32_t at(uint32_t token, uint32_t head) const {
+    return token * token_step + head * head_step;
+  }
+};
+
+// The routed rows of a group and the keys of the blocks that they chose.
+struct RoutedRows {
   Problem problem;                 // head_dim 64 or 128; bfloat16 or float16
-  Rows q;                          // [Tq, Hq, D], 16-byte aligned rows, as are those of k and v
-  Rows k, v;                       // [Tk, Hk, D]
+  RowVectors q;                    // [Tq, Hq, D]
+  RowVectors k, v;                 // [Tk, Hk, D]
   const int32_t* entries;          // as route leaves them
   const int32_t* segment_offsets;  // [lists + 1]
   const int32_t* segment_lists;    // [max_segments]
@@ -20,13 +32,58 @@ struct AttendForwardParams {
   uint32_t heads, head_begin;  // KV heads of the group
   uint32_t queries, query_begin;
   uint32_t slots, group;
-  uint32_t q_token_step, q_head_step;  // strides of q in vectors of 16 bytes
-  float scale_log2;                    // of a score, for a softmax in powers of 2; not negative
-  void* part_out;                      // [R * K, D]
-  float* part_lse;                     // [R * K] natural log
+  float scale_log2;  // of a score, for a softmax in powers of 2; not negative
+
+  // Own blocks instead, if there are any, with the bounds of own_blocks: every query against the
+  // keys of its own block, up to itself. Rows are [heads, Tq, G] then.
+  const int32_t *own_cu_q, *own_cu_k;  // [own_blocks + 1]
+  int32_t own_blocks;
 };
 
-// Row i of part_out and part_lse is that of entry i, below the total; the others are left alone.
+struct AttendForwardParams : RoutedRows {
+  void* part_out;   // [R * K, D]
+  float* part_lse;  // [R * K] natural log
+};
+
+// Row i of part_out and part_lse is that of entry i, below the total. Left alone: the others, and
+// queries without keys.
 cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream);
+
+struct AttendBackwardParams : RoutedRows {
+  RowVectors dout;        // [Tq, Hq, D]
+  const float* lse_log2;  // [Hq, Tq] of the whole row, base 2
+  const float* delta;     // [Hq, Tq]
+  float scale;            // of a score
+
+  // [all_rows, D]. Of blocks of more keys than a tile in float32 and two halves of the columns, [2,
+  // all_rows, D / 2], so that rows leave shared memory as they lie there, without bank conflicts:
+  // columns 8 * (j ^ i % (D / 16)) to + 7 of row i of a half stand at 8 * j.
+  void* part_dq;
+  int64_t all_rows;   // R * K, or heads * Tq * G
+  int32_t* turns;     // [2 * row_tiles + 1], scratch, for blocks of more keys than a tile
+  int64_t row_tiles;  // all_rows / 64, rounded down, + segments or own blocks of all heads + 1
+
+  // The keys of a segment's block, from its rows alone: [segments * block_size, D]; of own blocks
+  // [Tk, heads, D].
+  void *part_dk, *part_dv;
+};
+
+// Left alone: rows beyond the last entry, queries without keys, keys of blocks without own queries.
+cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream);
+
+constexpr int kKeyTile = 128;  // of attend_backward
+
+// What the backward needs of every row besides q and dout.
+struct RowStatsParams {
+  DType dtype;
+  int64_t tokens, heads, head_dim;
+  Rows out, dout;     // [T, H, D], 16-byte aligned rows
+  const float* lse;   // [H, T]
+  const float* dlse;  // [H, T] or null: zeros
+  float* lse_log2;    // [H, T] base 2; +inf for -inf, so that a row without keys has weights of 0
+  float* delta;       // [H, T] sum(dout * out) - dlse
+};
+
+cudaError_t row_stats(const RowStatsParams& params, cudaStream_t stream);
 
 }  // namespace moba::cuda::sm90

@@ -1,0 +1,387 @@
+// Gradients of attend_forward's partial softmaxes by q, k and v: for every routed row and key
+//   P = exp(scale q.k - lse), dS = P (dout.v - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T
+//   dout
+// with lse and delta of the whole row, not of the part. A segment's dk and dv are summed on chip.
+//
+// Grid: persistent thread blocks, each with a run of segments that costs as much as any other. For
+// every segment its block's keys pass by, kKeys at a time, and past each of these tiles the
+// segment's rows, kRows at a time. Three warp groups: one gathers rows of q and dout straight from
+// the tensors and loads k and v (cp.async), two have 64 of the keys each. Their S, P and dS are
+// transposed, keys by rows, so that P and dS are operands from registers in the products for dv and
+// dk. For dq they exchange dS through shared memory, and each has half of the columns.
+//
+// Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
+// its keys up to each query's.
+//
+// Where a block is one tile of keys, dq is complete and leaves as T. Where it is more, every tile
+// has a thread block of its own, and they go through the segment side by side, so that rows come
+// from L2 but for the first. They add to dq in float32, in the order of the tiles: each waits for
+// its turn at every row tile, soon a step behind the one before. Thread blocks take numbers when
+// they start, and none waits for a higher one unless there are more tiles than multiprocessors.
+
+#include "cuda/sm90/backward_load.cuh"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+using namespace backward;
+
+// kOwn: own blocks. kOneTile: the block is at most one tile of keys. kWhole: it is whole tiles.
+template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
+class Consumer {
+  using Layout = Shared<kDim, kOneTile>;
+  static constexpr int kColumns = kDim / kConsumers;  // of dq
+
+ public:
+  __device__ Consumer(const AttendBackwardParams& params, uint32_t shared, int index)
+      : params_(params),
+        shared_(shared),
+        rows_(shared + Layout::kRowsFull, shared + Layout::kRowsEmpty),
+        index_(index) {}
+
+  __device__ void run(int number, int key_tiles) {
+    const Share<kOwn, kOneTile> share(params_, number, key_tiles);
+    uint32_t parity = 0;
+    for (int i = share.first; i < share.last; i += share.step()) {
+      const Item item(params_, i, kOwn);
+      for (int tile = share.tile; tile < key_tiles; tile += share.tile_step) {
+        const int begin = first_row(params_, item, tile, kOwn);
+        if (kOwn && begin >= item.rows) continue;
+        wait(shared_ + Layout::kKFull, parity);
+        wait(shared_ + Layout::kVFull, parity);
+        for (int first = begin; first < item.rows; first += kRows) {
+          step(item, i, first, tile, first > begin);
+        }
+        finish(item, i, tile);
+        parity ^= 1;
+      }
+    }
+  }
+
+ private:
+  static __device__ int thread() { return threadIdx.x % kGroupThreads; }
+  static __device__ int lane() { return threadIdx.x % 32; }
+  // Of the thread in the tile; it also has the one 8 further on.
+  __device__ int key() const { return index_ * 64 + thread() / 32 * 16 + lane() / 4; }
+
+  __device__ void step(const Item& item, int number, int first, int tile, bool more) {
+    const int stage = rows_.stage;
+    const int q = Layout::kQ + stage * Layout::kRowBytes;
+    const int dout = Layout::kDout + stage * Layout::kRowBytes;
+    wait(rows_.full_barrier(), rows_.parity);
+    float2 lse[kRows / 8];
+    load_stats(stage, lse);
+    product(s_, Layout::kK, q, false);     // S^T = k q^T
+    product(dp_, Layout::kV, dout, true);  // dP^T - delta = v dout^T - delta
+    if (!kOneTile && more) pass_turn(turn(item, number, first - kRows), tile);
+    wait_wgmma<1>();
+    hold(s_);
+    weights(lse, item, first, tile);
+    sum_rows(dv_, p_, dout, more);  // dv (+)= P^T dout
+    wait_wgmma<1>();
+    hold(dp_);
+    if (first + kRows >= item.rows) release(shared_ + Layout::kVEmpty);
+    score_gradients();
+    sync<kConsumers * kGroupThreads>(3);  // dS of both is there
+    queries();
+    sum_rows(dk_, ds_, q, more);  // dk (+)= dS^T q
+    wait_wgmma<1>();
+    hold(dq_);
+    store_dq(item, number, first, tile);
+    wait_wgmma<0>();
+    hold(dk_);
+    hold(dv_);
+    release(rows_.empty_barrier());
+    rows_.advance();
+    buffer_ ^= 1;
+  }
+
+  __device__ void product(float (&to)[kRows / 2], int keys, int rows, bool accumulate) {
+    const uint32_t a = shared_ + keys + index_ * 64 * 128, b = shared_ + rows;
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      mma<T>(to, descriptor(a + i / 4 * kKeys * 128 + i % 4 * 32, 0),
+             descriptor(b + i / 4 * kRows * 128 + i % 4 * 32, 0), accumulate || i > 0);
+    }
+    commit_wgmma();
+  }
+
+  __device__ void sum_rows(float (&to)[kDim / 2], const uint32_t (&weights)[kRows / 16][4],
+                           int rows, bool accumulate) {
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i) {
+      mma<T>(to, weights[i], descriptor(shared_ + rows + i * 16 * 128, kRows * 128),
+             accumulate || i > 0);
+    }
+    commit_wgmma();
+  }
+
+  // dq = dS k, columns [index * kColumns, + kColumns)
+  __device__ void queries() {
+    const uint32_t a = shared_ + Layout::kDs + buffer_ * Layout::kDsBytes;
+    const int column = index_ * kColumns;
+    const uint32_t b = shared_ + Layout::kK + column / 64 * kKeys * 128 + column % 64 * 2;
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      mma_transposed<T>(dq_, descriptor(a + i * 16 * 128, 0), descriptor(b + i * 16 * 128, 0),
+                        i > 0);
+    }
+    commit_wgmma();
+  }
+
+  // lse of the rows 8 * j + lane % 4 * 2 and the next, which the thread has of j; -delta to dp_.
+  __device__ void load_stats(int stage, float2 (&lse)[kRows / 8]) {
+    const uint32_t at = shared_ + stage * Layout::kStatBytes + lane() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) lse[j] = load_floats(at + Layout::kLse + j * 32);
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 delta = load_floats(at + Layout::kDelta + j * 32);
+      dp_[4 * j] = dp_[4 * j + 2] = -delta.x;
+      dp_[4 * j + 1] = dp_[4 * j + 3] = -delta.y;
+    }
+    hold(dp_);  // no copy of them may come later, beside the product for S
+  }
+
+  // S -> P in its place; 0 for keys beyond the block, and for those after an own block's query.
+  __device__ void weights(const float2 (&lse)[kRows / 8], const Item& item, int first, int tile) {
+    const int left = item.keys - tile * kKeys - key();
+    // Row from which on the thread's first key is seen, from the thread's first row.
+    const int group = static_cast<int>(params_.group);
+    const int seen = (tile * kKeys + key() - item.offset) * group - first - lane() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) {
+      const int half = i / 2 % 2, row = i / 4 * 8 + i % 2;
+      const float of_row = i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y;
+      s_[i] = exp2_fast(fmaf(s_[i], params_.scale_log2, -of_row));
+      if (kOwn) {
+        s_[i] = row >= seen + half * 8 * group ? s_[i] : 0.0f;
+      } else if (!kWhole) {
+        s_[i] = half * 8 < left ? s_[i] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) p_[i / 4][i % 4] = pack<T>(s_[2 * i], s_[2 * i + 1]);
+  }
+
+  // dS = P (dP - delta), for the product with q and in shared memory: lines of a key's 64 rows.
+  __device__ void score_gradients() {
+    const uint32_t line =
+        shared_ + Layout::kDs + buffer_ * Layout::kDsBytes + index_ * 64 * 128 + element_at();
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const uint32_t both = pack<T>(s_[2 * i] * dp_[2 * i], s_[2 * i + 1] * dp_[2 * i + 1]);
+      ds_[i / 4][i % 4] = both;
+      store_shared((line ^ i / 2 * 16) + i % 2 * 8 * 128, both);
+    }
+    fence_async_proxy();
+  }
+
+  // Byte of a thread's first pair of accumulators in a tile of 64 rows of 128 bytes. Others are at
+  // (this ^ 16 * vector) + 8 * 128 * half: computed anew each time, as there is no register to keep
+  // them in.
+  __device__ uint32_t element_at() const {
+    uint32_t at = thread() / 32 * 16 * 128 + lane() / 4 * (128 + 16) + lane() % 4 * 4;
+    asm volatile("" : "+r"(at));
+    return at;
+  }
+
+  // The warp has done with a stage.
+  __device__ void release(uint32_t barrier) {
+    if (lane() == 0) arrive(barrier);
+  }
+
+  __device__ void store_dq(const Item& item, int number, int first, int tile) {
+    const int rows = item.rows - first;
+    if constexpr (kOneTile) {
+      auto* const to = static_cast<uint16_t*>(params_.part_dq) + int64_t{item.row + first} * kDim +
+                       index_ * kColumns;
+      store<0, kColumns>(dq_, params_.scale, to, kDim, rows);
+    } else {
+      add_dq(item.row + first, rows, turn(item, number, first), tile);
+    }
+  }
+
+  // How many tiles of keys have added to the consumer's columns of dq in a row tile. Its place: the
+  // row tiles before, of which every segment may have one that is not full.
+  __device__ int32_t* turn(const Item& item, int number, int first) const {
+    return params_.turns + index_ * params_.row_tiles + number + (item.row + first) / kRows;
+  }
+
+  __device__ void pass_turn(int32_t* turn, int tile) {
+    if (thread() == 0) {
+      wait_bulk();
+      store_release(turn, tile + 1);
+    }
+  }
+
+  // The consumer's columns of rows in float32, side by side, the vectors of 8 columns of a row
+  // swapped by the row's number: see AttendBackwardParams. The turn before has been passed on.
+  __device__ void add_dq(int row, int rows, const int32_t* turn, int tile) {
+    constexpr int kVectors = kColumns / 8, kRowBytes = kColumns * 4;
+    const uint32_t staging = shared_ + Layout::kStaging + index_ * Layout::kStagingBytes;
+    const int lane = fresh_thread_index() % 32;
+    const uint32_t line = staging + (thread() / 32 * 16 + lane / 4) * kRowBytes +
+                          (row + lane / 4) % kVectors * 32 + lane % 4 * 8;
+    sync_warp_group(1 + index_);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; i += 2) {
+      store_shared((line ^ i / 4 * 32) + i / 2 % 2 * 8 * kRowBytes,
+                   float2{dq_[i] * params_.scale, dq_[i + 1] * params_.scale});
+    }
+    fence_async_proxy();
+    sync_warp_group(1 + index_);
+    if (thread() == 0) {
+      float* const to =
+          static_cast<float*>(params_.part_dq) + (index_ * params_.all_rows + row) * kColumns;
+      const int bytes = min(rows, kRows) * kRowBytes;
+      if (tile == 0) {
+        copy_bulk(to, staging, bytes);
+      } else {
+        while (load_acquire(turn) < tile) {
+        }
+        fence_async_proxy_global();
+        add_bulk(to, staging, bytes);
+      }
+      commit_bulk();
+    }
+  }
+
+  __device__ void finish(const Item& item, int number, int tile) {
+    release(shared_ + Layout::kKEmpty);
+    if (!kOneTile) pass_turn(turn(item, number, (item.rows - 1) / kRows * kRows), tile);
+    const int first = tile * kKeys + index_ * 64;
+    int64_t at = number * params_.problem.block_size * kDim, step = kDim;
+    if constexpr (kOwn) {  // [Tk, heads, D]
+      step = int64_t{params_.heads} * kDim;
+      at = item.key * step + item.head * kDim;
+    }
+    at += first * step;
+    store_keys(dv_, 1.0f, static_cast<uint16_t*>(params_.part_dv) + at, step, item.keys - first);
+    store_keys(dk_, params_.scale, static_cast<uint16_t*>(params_.part_dk) + at, step,
+               item.keys - first);
+  }
+
+  __device__ void store_keys(const float (&from)[kDim / 2], float factor, uint16_t* to,
+                             int64_t step, int keys) {
+    store<0, 64>(from, factor, to, step, keys);
+    if constexpr (kDim == 128) store<32, 64>(from, factor, to + 64, step, keys);
+  }
+
+  // 64 rows of kWidth columns, from registers kFirst on, as T and 16 bytes at a time, to rows
+  // `step` elements apart; those beyond `rows` are left out.
+  template <int kFirst, int kWidth, int kCount>
+  __device__ void store(const float (&from)[kCount], float factor, uint16_t* to, int64_t step,
+                        int rows) {
+    const uint32_t staging = shared_ + Layout::kStaging + index_ * Layout::kStagingBytes;
+    const uint32_t line = staging + element_at();
+    sync_warp_group(1 + index_);  // it has been read
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; i += 2) {
+      store_shared((line ^ i / 4 * 16) + i / 2 % 2 * 8 * 128,
+                   pack<T>(from[kFirst + i] * factor, from[kFirst + i + 1] * factor));
+    }
+    sync_warp_group(1 + index_);
+    constexpr int kVectors = kWidth / 8, kRowStep = kGroupThreads / kVectors;
+    const int vector = thread() % kVectors;
+#pragma unroll
+    for (int i = 0; i < 64 / kRowStep; ++i) {
+      const int row = thread() / kVectors + i * kRowStep;
+      store_global(to + row * step + vector * 8, load_shared(staging + vector_at(64, row, vector)),
+                   row < rows);
+    }
+  }
+
+  const AttendBackwardParams& params_;
+  uint32_t shared_;
+  Ring<kStages> rows_;
+  int index_;
+  int buffer_ = 0;  // of dS
+  float s_[kRows / 2], dp_[kRows / 2], dq_[kColumns / 2], dk_[kDim / 2], dv_[kDim / 2];
+  uint32_t p_[kRows / 16][4], ds_[kRows / 16][4];
+};
+
+template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_backward_kernel(const __grid_constant__ AttendBackwardParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Layout = Shared<kDim, kOneTile>;
+  extern __shared__ char unaligned[];
+  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(shared + Layout::kRowsFull + i * 8, kGroupThreads);
+      init_barrier(shared + Layout::kRowsEmpty + i * 8, kConsumerWarps);
+    }
+    for (int barrier : {Layout::kKFull, Layout::kVFull}) {
+      init_barrier(shared + barrier, kGroupThreads);
+    }
+    for (int barrier : {Layout::kKEmpty, Layout::kVEmpty}) {
+      init_barrier(shared + barrier, kConsumerWarps);
+    }
+    fence_barrier_init();
+    if (!kOneTile)
+      store_shared(shared + Layout::kNumber, atomicAdd(params.turns + 2 * params.row_tiles, 1));
+  }
+  __syncthreads();
+  const int key_tiles =
+      kOneTile ? 1 : static_cast<int>((params.problem.block_size + kKeys - 1) / kKeys);
+  const int number = kOneTile ? blockIdx.x : load_shared_int(shared + Layout::kNumber);
+  if (threadIdx.x < kGroupThreads) {
+    release_registers<24>();
+    Producer<kDim, kOwn, kOneTile>(params, shared).run(number, key_tiles);
+  } else {
+    claim_registers<240>();
+    Consumer<T, kDim, kOwn, kOneTile, kWhole>(params, shared,
+                                              __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0) - 1)
+        .run(number, key_tiles);
+  }
+#else
+  __trap();  // launch() has let it pass, and there is no code for this chip
+#endif
+}
+
+template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
+cudaError_t launch(const AttendBackwardParams& params, cudaStream_t stream) {
+  if (!kOneTile) {
+    const size_t turns = 2 * params.row_tiles + 1;
+    const cudaError_t error = cudaMemsetAsync(params.turns, 0, turns * sizeof(int32_t), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_persistent(attend_backward_kernel<T, kDim, kOwn, kOneTile, kWhole>, kThreads,
+                           Shared<kDim, kOneTile>::kBytes, params, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_keys(const AttendBackwardParams& params, cudaStream_t stream) {
+  const bool one = params.problem.block_size <= kKeys;
+  if (params.own_blocks > 0) {
+    return one ? launch<T, kDim, true, true, true>(params, stream)
+               : launch<T, kDim, true, false, true>(params, stream);
+  }
+  const bool whole = params.problem.block_size % kKeys == 0;
+  if (one) {
+    return whole ? launch<T, kDim, false, true, true>(params, stream)
+                 : launch<T, kDim, false, true, false>(params, stream);
+  }
+  return whole ? launch<T, kDim, false, false, true>(params, stream)
+               : launch<T, kDim, false, false, false>(params, stream);
+}
+
+template <typename T>
+cudaError_t launch_dim(const AttendBackwardParams& params, cudaStream_t stream) {
+  return params.problem.head_dim == 64 ? launch_keys<T, 64>(params, stream)
+                                       : launch_keys<T, 128>(params, stream);
+}
+
+}  // namespace
+
+cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16 ? launch_dim<__half>(params, stream)
+                                                 : launch_dim<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace moba::cuda::sm90

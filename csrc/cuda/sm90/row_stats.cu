@@ -1,0 +1,78 @@
+// What attend_backward needs of every row besides q and dout: its lse to base 2, and
+// delta = sum(dout * out) - dlse.
+//
+// Grid: (kTokens tokens, head) per thread block; head_dim / 8 threads with 16 bytes each per row.
+
+#include <cmath>
+
+#include "cuda/device.cuh"
+#include "cuda/sm90/stages.h"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTokens = 64;
+constexpr float kLog2e = 1.4426950408889634f;
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads)
+    row_stats_kernel(const __grid_constant__ RowStatsParams params) {
+  using Load = Vector<T, 8>;
+  constexpr int kColumns = kDim / 8, kAtOnce = kThreads / kColumns;
+  const int64_t head = blockIdx.x % params.heads, begin = blockIdx.x / params.heads * kTokens;
+  const int column = threadIdx.x % kColumns;
+  Load out[kTokens / kAtOnce], dout[kTokens / kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kTokens / kAtOnce; ++i) {
+    const int64_t token = begin + i * kAtOnce + threadIdx.x / kColumns;
+    const auto row = [&](const Rows& rows) {
+      return load<Load>(static_cast<const T*>(rows.data) + token * rows.token_stride +
+                        head * rows.head_stride + column * 8);
+    };
+    out[i] = dout[i] = Load{};
+    if (token < params.tokens) {
+      out[i] = row(params.out);
+      dout[i] = row(params.dout);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens / kAtOnce; ++i) {
+    const int64_t token = begin + i * kAtOnce + threadIdx.x / kColumns;
+    float sum = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      sum = fmaf(to_float(out[i].element[e]), to_float(dout[i].element[e]), sum);
+    }
+#pragma unroll
+    for (int step = 1; step < kColumns; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (column == 0 && token < params.tokens) {
+      const int64_t at = head * params.tokens + token;
+      const float lse = params.lse[at];
+      params.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+      params.delta[at] = sum - (params.dlse == nullptr ? 0.0f : params.dlse[at]);
+    }
+  }
+}
+
+template <typename T>
+void launch(const RowStatsParams& params, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((params.tokens + kTokens - 1) / kTokens * params.heads);
+  if (params.head_dim == 64) {
+    row_stats_kernel<T, 64><<<grid, kThreads, 0, stream>>>(params);
+  } else {
+    row_stats_kernel<T, 128><<<grid, kThreads, 0, stream>>>(params);
+  }
+}
+
+}  // namespace
+
+cudaError_t row_stats(const RowStatsParams& params, cudaStream_t stream) {
+  if (params.tokens * params.heads > 0) {
+    params.dtype == DType::kFloat16 ? launch<__half>(params, stream)
+                                    : launch<__nv_bfloat16>(params, stream);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace moba::cuda::sm90
