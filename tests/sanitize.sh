@@ -56,8 +56,8 @@ grep -q "Invalid __global__ read" "$logs/planted" || { cat "$logs/planted"; exit
 for tool; do
   selected=$(tests "$tool")
   echo "== $tool"
-  stages=(block_mean gate_topk route gather merge sm90)
-  [[ $tool != memcheck ]] || stages+=(flash)  # its kernels are those of the others
+  stages=(block_mean gate_topk route gather merge sm90_stages)
+  [[ $tool != memcheck ]] || stages+=(flash sm90)  # their kernels are those of the others
   pids=()
   for stage in "${stages[@]}"; do  # side by side: the tools are slow on the host
     {

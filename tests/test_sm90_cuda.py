@@ -1,6 +1,6 @@
-"""The sm90 backend on a Hopper GPU: what its own kernel attends, alone and within the op.
+"""The sm90 backend on a Hopper GPU, checked as the flash backend is (test_flash_cuda.py).
 
-Checked as the flash backend is (test_flash_cuda.py), whose own blocks and backward it shares.
+Its kernels alone: test_sm90_stages_cuda.py.
 """
 
 import functools
@@ -9,129 +9,17 @@ import flash_checks
 import pytest
 import torch
 from flash_checks import INPUTS, Result, assert_same_bits, hot_inputs, random_inputs, upstream
-from flash_stages import CASES, DEVICE, INVALID, Call, Group, invalid_call, make_call
-from numerics import Case, assert_within_budget, self_attention
+from flash_stages import DEVICE, INVALID
+from numerics import Case, self_attention
 from torch.profiler import ProfilerActivity, profile
 
-from moba_ext import ops
+from moba_ext import flash
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.usefixtures("flash_attention"),
-    pytest.mark.skipif(
-        ops.backend_status()["sm90"] is not None,
-        reason=f"the sm90 backend is not available: {ops.backend_status()['sm90']}",
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
 DTYPES = [torch.bfloat16, torch.float16]
-SEGMENT_ROWS = 128
 check = functools.partial(flash_checks.check, backend="sm90")
 run = functools.partial(flash_checks.run, backend="sm90")
-
-
-class Attended:
-    """The routed rows of a group, from the kernel."""
-
-    def __init__(self, call: Call, group: Group, inputs, scale: float, rows=SEGMENT_ROWS) -> None:
-        entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = call.route(group, rows)
-        self.call, self.group, self.inputs, self.scale = call, group, inputs, scale
-        self.used = int(offsets[-1])
-        self.entries = entries[: self.used].long()
-        _, cu_seqlens_k, cu_blocks = call.sequences
-        self.out, self.lse = torch.ops.moba.sm90_attend(
-            *(*inputs, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k, cu_blocks),
-            *(call.case.block_size, scale, *group),
-        )
-
-    def exact(self, dtype: torch.dtype):
-        """out and lse of the used rows, computed in a dtype."""
-        case, group, (q, k, v) = self.call.case, self.group, self.inputs
-        slots, per_head = self.call.ids.shape[-1], case.heads_q // case.heads_k
-        row = torch.div(self.entries, slots, rounding_mode="floor")
-        queries = group.query_end - group.query_begin
-        of_query = torch.div(row, per_head, rounding_mode="floor")
-        head_k = group.head_begin + torch.div(of_query, queries, rounding_mode="floor")
-        query, head = group.query_begin + of_query % queries, head_k * per_head + row % per_head
-        block = self.call.ids.to(DEVICE)[query, head, self.entries % slots].long()
-        cu_q, cu_k = (x.long() for x in self.call.sequences[:2])
-        first = cu_k[torch.searchsorted(cu_q[1:], query, right=True)] + block * case.block_size
-        token = first[:, None] + torch.arange(case.block_size, device=DEVICE)
-        keys, values = (x[token, head_k[:, None]].to(dtype) for x in (k, v))
-        scores = torch.einsum("nd,nkd->nk", q[query, head].to(dtype), keys) * self.scale
-        return torch.einsum("nk,nkd->nd", scores.softmax(-1), values), scores.logsumexp(-1)
-
-    def check(self) -> None:
-        out, lse = self.out[: self.used, 0], self.lse[: self.used]
-        with flash_checks.ordinary_memory():
-            (exact_out, exact_lse), (plain_out, plain_lse) = map(
-                self.exact, (torch.float64, torch.float32)
-            )
-            size = flash_checks.score_size(*self.inputs[:2], self.scale)
-            assert_within_budget(out, exact_out, plain_out.to(out.dtype), "out")
-            assert_within_budget(lse, exact_lse, plain_lse, "lse", max(1.0, size))
-            flash_checks.assert_tiles_within_budget(
-                out[:, None], exact_out[:, None], plain_out.to(out.dtype)[:, None], "out"
-            )
-
-
-def stage_inputs(call: Call, dtype: torch.dtype) -> list[torch.Tensor]:
-    case = call.case
-    heads = case.heads_q, case.heads_k, case.heads_k
-    tokens = call.tokens_q, call.tokens_k, call.tokens_k
-    shapes = [(t, h, case.head_dim) for t, h in zip(tokens, heads)]
-    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("block_size", [1, 16, 64, 100, 128, 192, 300, 512])
-def test_block_sizes(block_size, head_dim, dtype, poisoned):
-    call = make_call(self_attention([900, 0, 1100], 4, 2, head_dim, block_size, 3), hot=True)
-    for group in call.groups():
-        Attended(call, group, stage_inputs(call, dtype), head_dim**-0.5).check()
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.head_dim in (64, 128) and c.topk > 1])
-def test_groups_and_short_segments(case, poisoned):
-    call = make_call(case)
-    for group in call.groups():
-        for rows in (1, 7, 64, 65, 128):
-            inputs = stage_inputs(call, torch.bfloat16)
-            Attended(call, group, inputs, 0.2, rows).check()
-
-
-def test_repeated_runs_are_bit_equal(poisoned):
-    """Also with fewer rows around each: a row's bits depend on itself and its block."""
-    call = make_call(self_attention(20_000, 8, 2, 128, 128, 8), hot=True)
-    inputs, group = stage_inputs(call, torch.bfloat16), Group(0, 2, 0, 20_000)
-    first = Attended(call, group, inputs, 0.1)
-    for rows in [SEGMENT_ROWS] * 50 + [100, 31]:
-        again = Attended(call, group, inputs, 0.1, rows)
-        assert torch.equal(first.out[: first.used], again.out[: first.used])
-        assert torch.equal(first.lse[: first.used], again.lse[: first.used])
-
-
-@pytest.mark.parametrize("values", INVALID)
-def test_invalid_offsets_attend_nothing(values):
-    call = invalid_call(values)
-    attended = Attended(call, Group(0, 1, 0, 100), stage_inputs(call, torch.bfloat16), 0.1)
-    torch.cuda.synchronize()
-    assert attended.used == 0
-
-
-def test_arguments_are_checked_before_the_launch():
-    call = make_call(self_attention(64, 2, 1, 64, 16, 3))
-    q, k, v = stage_inputs(call, torch.bfloat16)
-    group = Group(0, 1, 0, 64)
-    for inputs, scale, message in (
-        ([x[..., :32] for x in (q, k, v)], 0.1, "head_dim must be 64 or 128, got 32"),
-        ([q, k, v], -0.1, "softmax_scale must not be negative"),
-        ([q.float(), k.float(), v.float()], 0.1, "q must be float16 or bfloat16"),
-        ([q, k, v[:10]], 0.1, "v must be"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            Attended(call, group, inputs, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,6 +73,28 @@ def test_chunked_prefill_equals_one_shot(begin, end):
     assert torch.equal(whole.ids[begin:end, :, : got.ids.shape[-1]], got.ids)
 
 
+@pytest.mark.parametrize("block_size", [64, 512])
+def test_small_workspace(block_size, monkeypatch):
+    """Heads apart, in several ranges of queries."""
+    monkeypatch.setattr(flash, "WORKSPACE_BYTES", 2**22)
+    sizes = 1, 8192, 8192, 8192, 4, 2, 128, block_size, 4
+    plan = flash.make_plan(*sizes, backward=True, sm90=True)
+    assert len(plan.head_ranges()) == 2 and len(plan.query_ranges()) > 1
+    case = self_attention(8192, 4, 2, 128, block_size, 4)
+    check(case, hot_inputs(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("topk", [1, 3, 100])
+@pytest.mark.parametrize("values", INVALID)
+def test_invalid_offsets_give_nan(values, topk, poisoned):
+    case = self_attention([100] + [0] * (len(values) - 2), 4, 2, 64, 16, topk)
+    cu_seqlens = (torch.tensor(values, dtype=torch.int32, device=DEVICE),) * 2
+    dtype = torch.bfloat16
+    wrong = run(case, random_inputs(case, dtype), upstream(case, dtype), cu_seqlens)
+    torch.cuda.synchronize()
+    assert all(bool(x.isnan().all()) for x in wrong.numbers())
+
+
 def test_nan_in_a_neighbouring_sequence_stays_there():
     case = self_attention([300, 450, 300], 4, 2, 64, 100, 3)
     inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
@@ -198,9 +108,27 @@ def test_nan_in_a_neighbouring_sequence_stays_there():
         assert torch.equal(got.lse[:, part], clean.lse[:, part])
 
 
-def test_graph_and_its_kernels():
-    """A CUDA graph holds it; the profile shows our kernel, and FlashAttention's forward once."""
-    case = self_attention([1500, 600], 8, 2, 128, 64, 3)
+@pytest.mark.parametrize("block_size", [64, 192])
+def test_chosen_short_block_is_read_to_its_end(block_size):
+    """The gate never picks a sequence's short last block, but the backward takes any block_ids."""
+    case = self_attention([block_size + 30, 100], 4, 2, 64, block_size, 2)
+    inputs = random_inputs(case, torch.bfloat16)
+    for x in inputs:
+        x[case.lengths_k[0] :] = torch.nan
+    sizes = *case.cu_seqlens(DEVICE), case.max_seqlen_q, case.max_seqlen_k, block_size, case.topk
+    out, lse, ids = torch.ops.moba.attention(*inputs, *sizes, backend="sm90")
+    dout = upstream(case, torch.bfloat16)[0]
+    grads = torch.ops.moba.attention_backward(
+        dout, None, *inputs, out, lse, torch.ones_like(ids), *sizes, backend="sm90"
+    )
+    assert all(bool(x[: case.lengths_k[0]].isfinite().all()) for x in grads)
+
+
+@pytest.mark.parametrize("block_size", [64, 192])
+def test_graph_and_its_kernels(block_size):
+    """A CUDA graph holds it; the profile shows our kernels, for routed rows and for own blocks of
+    the one group of heads, and none of FlashAttention."""
+    case = self_attention([1500, 600], 8, 2, 128, block_size, 3)
     inputs = [x.requires_grad_() for x in random_inputs(case, torch.bfloat16)]
     douts, cu_seqlens = upstream(case, torch.bfloat16), case.cu_seqlens(DEVICE)
 
@@ -216,8 +144,9 @@ def test_graph_and_its_kernels():
         step()
         torch.cuda.synchronize()
     kernels = [e.name for e in prof.events()]
-    assert sum("attend_forward_kernel" in name for name in kernels) == 1
-    assert sum("flash_fwd_kernel" in name for name in kernels) == 1
+    assert sum("attend_forward_kernel" in name for name in kernels) == 2
+    assert sum("attend_backward_kernel" in name for name in kernels) == 2
+    assert not any("flash_fwd" in name or "flash_bwd" in name for name in kernels)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         static = step()
