@@ -339,7 +339,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--rows", type=common.row_names, default=[*ROWS], help=f"of {','.join(ROWS)} (all)")
-    add("--backend", default="flash", help="of moba_attention_varlen (flash)")
+    add("--backend", default="auto", help="of moba_attention_varlen (auto)")
     add("--inputs", choices=inputs.KINDS, default="random", help="benchmarks/inputs.py (random)")
     add("--repeats", type=common.positive, default=10, help="runs; at least 3 if over 3 s (10)")
     add("--name", default="attention", help="of the result file (attention)")
@@ -349,7 +349,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--readme", action="store_true", help="write README.md's tables")
     options = parser.parse_args(arguments)
     if not (options.check or options.readme):
-        common.require_gpu(parser, options.backend)
+        options.backend = common.require_gpu(parser, options.backend)
     return options
 
 

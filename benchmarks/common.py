@@ -66,12 +66,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def require_gpu(parser: argparse.ArgumentParser, backend: str) -> None:
-    """An error of the command line unless the backend can run here."""
+def require_gpu(parser: argparse.ArgumentParser, backend: str) -> str:
+    """What the backend resolves to, an error of the command line unless it can run here."""
     if not torch.cuda.is_available():
         parser.error("measuring needs a GPU that torch can see")
     try:
-        ops.resolve_backend(backend, "cuda", torch.bfloat16, HEAD_DIM)
+        return ops.resolve_backend(backend, "cuda", torch.bfloat16, HEAD_DIM)[0]
     except ValueError as error:
         parser.error(f"--{error}")
 

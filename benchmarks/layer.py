@@ -117,7 +117,7 @@ def tables() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--backend", default="flash", help="of MoBAConfig (flash)")
+    add("--backend", default="auto", help="of MoBAConfig (auto)")
     add("--repeats", type=common.positive, default=10, help="runs; at least 3 if over 3 s (10)")
     add("--name", default="layer", help="of the result file (layer)")
     add("--commit", help="of the kernels, where the tree has no .git")
@@ -126,7 +126,7 @@ def main() -> None:
     if options.readme:
         common.put_into_readme("layer.py", tables())
         return
-    common.require_gpu(parser, options.backend)
+    options.backend = common.require_gpu(parser, options.backend)
     results = run(options)
     print(json.dumps(results))
     print(table(results))

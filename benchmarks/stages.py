@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common import HEAD_DIM, ROWS, Row, medians, require_gpu, row_names, span
+from moba_ext import flash
 
 ITEM = 2
 
@@ -107,17 +108,58 @@ def around_attend(name: str, hot: bool) -> None:
     report("reduce keys", lambda: ops.flash_reduce_keys(*reduce), total)
 
 
+def attend(name: str, hot: bool) -> None:
+    """sm90's kernels, as many KV heads at once as in a call."""
+    row = ROWS[name]
+    tokens, heads_q, heads_k, size, topk = row
+    ops, options = torch.ops.moba, {"device": "cuda", "dtype": torch.bfloat16}
+    cu, ids, scale = cu_seqlens(row), random_ids(row, hot), HEAD_DIM**-0.5
+    cu_blocks, *own = ops.flash_metadata(cu, cu, tokens, tokens, tokens, tokens, size)
+    q, dout = (torch.randn(tokens, heads_q, HEAD_DIM, **options) for _ in range(2))
+    k, v = (torch.randn(tokens, heads_k, HEAD_DIM, **options) for _ in range(2))
+    stats = [torch.randn(heads_q, tokens, device="cuda") + shift for shift in (8, 0)]
+
+    def report(what: str, heads: int, function: Callable, pairs: int, products: int) -> None:
+        ms = milliseconds(function) / heads * heads_k
+        tflops = 2 * products * pairs * HEAD_DIM / heads * heads_k / ms / 1e9
+        print(f"{name} {what:16} {ms:8.3f} ms {tflops:8.1f} TFLOP/s", flush=True)
+
+    own_pairs = tokens * (size + 1) // 2 * (heads_q // heads_k)
+    for backward in (False, True):
+        sizes = (1, tokens, tokens, tokens, heads_q, heads_k, HEAD_DIM, size, topk)
+        plan = flash.make_plan(*sizes, backward=backward, sm90=True)
+        heads = plan.heads_per_group
+        entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = ops.flash_route(
+            ids, cu, cu_blocks, tokens, heads_k, size, plan.segment_rows, 0, heads, 0, tokens
+        )
+        routed = (entries, segment_offsets, segment_lists, cu_rows, cu, cu_blocks, size, scale)
+        routed += (0, heads, 0, tokens)
+        of_own = (*own, size, scale, 0, heads)
+        pairs, own_of_heads = int(offsets[-1]) * size, own_pairs * heads
+        if backward:
+            tensors = dout, q, k, v, *stats
+            call = partial(ops.sm90_attend_backward, *tensors, *routed)
+            report("attend backward", heads, call, pairs, 5)
+            call = partial(ops.sm90_own_backward, *tensors, *of_own)
+            report("own backward", heads, call, own_of_heads, 5)
+        else:
+            report("attend", heads, partial(ops.sm90_attend, q, k, v, *routed), pairs, 2)
+            report("own", heads, partial(ops.sm90_own, q, k, v, *of_own), own_of_heads, 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=row_names, default="A,B,C,F,H", help="(A,B,C,F,H)")
     parser.add_argument("--hot", action="store_true", help="every query takes block 0")
     options = parser.parse_args()
-    require_gpu(parser, "auto")
+    sm90 = require_gpu(parser, "auto") == "sm90"
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
     for name in options.rows:
         gate(name)
         around_attend(name, options.hot)
+        if sm90:
+            attend(name, options.hot)
 
 
 if __name__ == "__main__":
