@@ -215,9 +215,9 @@ def moba_attention_varlen(
         return_lse: also return the log-sum-exp.
         backend: ``"auto"``, ``"cpu"`` (compiled; CPU tensors, head_dim a multiple of 8 up to 256),
             ``"flash"`` (CUDA gate and routing around FlashAttention; bfloat16 and float16 on GPUs
-            of compute capability 8.0 and up, the same head dims), ``"sm90"`` (the same with a
-            kernel of its own for chosen blocks in the forward; compute capability 9.0, head_dim 64
-            and 128) or ``"reference"`` (PyTorch, any device and head_dim, slow). ``auto`` takes
+            of compute capability 8.0 and up, the same head dims), ``"sm90"`` (our own kernels for
+            Hopper, compute capability 9.0, forward and backward; the same dtypes, head_dim 64 and
+            128) or ``"reference"`` (PyTorch, any device and head_dim, slow). ``auto`` takes
             sm90 where it can, and warns once when it must take the reference.
 
     Returns:
