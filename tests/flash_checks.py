@@ -15,6 +15,7 @@ from numerics import (
     gradients,
     recomputed_gradients,
     run_masked,
+    self_attention,
 )
 from torch import Tensor
 
@@ -231,6 +232,27 @@ def check(
         exact, plain = exact_and_plain(case, inputs, got.ids, douts, scale, got.out)
         _assert_numbers(got.numbers(), exact, plain, q, k, scale)
     return got
+
+
+def check_second_device(topk: int, backend: str) -> None:
+    """Tensors of one device while another is current."""
+    case = self_attention([700, 33], 4, 2, 128, 64, topk)
+    inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
+    here = run(case, inputs, douts, backend=backend)
+    moved = ([x.to("cuda:1") for x in xs] for xs in (inputs, douts))
+    there = run(case, *moved, backend=backend)
+    assert all(x.device == torch.device("cuda:1") for x in there)
+    assert torch.cuda.current_device() == 0
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert_same_bits(Result(*(x.to("cuda:0") for x in there)), here)
+    else:
+        with torch.cuda.device(1):
+            check(
+                case,
+                [x.to("cuda:1") for x in inputs],
+                tuple(x.to("cuda:1") for x in douts),
+                backend=backend,
+            )
 
 
 class _Problem(NamedTuple):

@@ -9,7 +9,7 @@ from flash_checks import (
     DEVICE,
     Result,
     assert_same_bits,
-    check,
+    check_second_device,
     hot_inputs,
     random_inputs,
     run,
@@ -187,17 +187,7 @@ def test_two_groups_at_once_share_no_memory(flash_attention, monkeypatch):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 @pytest.mark.parametrize("topk", [1, 3, 100])
 def test_second_device_while_the_first_is_current(topk):
-    case = self_attention([700, 33], 4, 2, 128, 64, topk)
-    inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
-    here = run(case, inputs, douts)
-    there = run(case, *([x.to("cuda:1") for x in xs] for xs in (inputs, douts)))
-    assert all(x.device == torch.device("cuda:1") for x in there)
-    assert torch.cuda.current_device() == 0
-    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
-        assert_same_bits(Result(*(x.to("cuda:0") for x in there)), here)
-    else:
-        with torch.cuda.device(1):
-            check(case, [x.to("cuda:1") for x in inputs], tuple(x.to("cuda:1") for x in douts))
+    check_second_device(topk, "flash")
 
 
 @BOTH

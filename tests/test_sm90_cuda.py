@@ -37,6 +37,12 @@ def assert_same_selection(case: Case, inputs) -> None:
     assert torch.equal(results[0].ids, results[1].ids)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("topk", [1, 3, 100])
+def test_second_device_while_the_first_is_current(topk):
+    flash_checks.check_second_device(topk, "sm90")
+
+
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize(
     ("block_size", "topk"), [(128, 8), (512, 3), (16, 12), (128, 1), (128, 99)]
