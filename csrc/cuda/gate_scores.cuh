@@ -1,4 +1,8 @@
-// Scores of one warp's query rows against a tile of 64 centroids, 32 at a time.
+// Scores of one warp's query rows against a tile of 64 centroids, in two parts. Rows go by groups
+// of 8, columns by chunks of 32, and a part is some units of a row group by a chunk:
+//   scores<part>(..., s)  s[unit][b] is the lane's row, lane / 4 of row_group(part, unit), against
+//                         column 32 * chunk(part, unit) + lane % 4 * 8 + b of the tile
+// kUnits of a part have rows and columns of their own each.
 //
 // 16-bit types: mma.sync m16n8k16. q stays in registers as A fragments, centroids come from shared
 // memory as B fragments. The order of k within a product is free as long as A and B agree: here
@@ -59,8 +63,9 @@ __device__ void mma(float& s00, float& s01, float& s10, float& s11, uint32_t a0,
 // kDim: head_dim rounded up to 64, 128 or 256; q and centroids are zero from head_dim on.
 template <typename T, int kDim>
 struct Scorer {
-  static constexpr int kRowGroups =
-      kDim <= 128 ? 4 : 2;  // rows of a warp / 8; q needs 64 registers
+  static constexpr bool kTogether = false;                // every warp may stop calling scores
+  static constexpr int kRowGroups = kDim <= 128 ? 4 : 2;  // of a warp; q needs 64 registers
+  static constexpr int kUnits = kRowGroups;
   static constexpr int kStageBytes = kTileBlocks * kDim * static_cast<int>(sizeof(T));
   static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
   static constexpr int kSteps = kDim / 32;   // pairs of k steps
@@ -104,13 +109,20 @@ struct Scorer {
     }
   }
 
-  // s[i][b]: the warp's row i * 8 + lane / 4, column chunk * 32 + lane % 4 * 8 + b of the tile.
-  __device__ void scores(const char* stage, const Centroids<T>&, int, int chunk, int,
-                         float (&s)[kRowGroups][kLaneBlocks]) const {
+  // This thread's copies have come in, for all to see after the next barrier.
+  static __device__ void arrived() { wait_copies(); }
+
+  // Of a part: all rows against one chunk.
+  static __device__ constexpr int row_group(int, int unit) { return unit; }
+  static __device__ constexpr int chunk(int part, int) { return part; }
+
+  template <int kPart>
+  __device__ void scores(const char* stage, const Centroids<T>&, int, int,
+                         float (&s)[kUnits][kLaneBlocks]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     // Column g of the n-th product is block 8 * (g / 2) + 2 * n + g % 2 of the chunk.
     const uint4* const from = reinterpret_cast<const uint4*>(stage) +
-                              (chunk * kChunkBlocks + g / 2 * 8 + g % 2) * kVectors +
+                              (kPart * kChunkBlocks + g / 2 * 8 + g % 2) * kVectors +
                               (t ^ (g % 2 * 4));
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) {
@@ -166,7 +178,8 @@ struct Scorer {
 
 template <int kDim>
 struct Scorer<float, kDim> {
-  static constexpr int kRowGroups = 4;
+  static constexpr bool kTogether = false;
+  static constexpr int kRowGroups = 4, kUnits = kRowGroups;
   static constexpr int kStageBytes = 0;
 
   const float* q[kRowGroups];
@@ -180,10 +193,15 @@ struct Scorer<float, kDim> {
   }
 
   static __device__ void fetch(char*, const Centroids<float>&, int, int) {}
+  static __device__ void arrived() {}
 
-  __device__ void scores(const char*, const Centroids<float>& centroids, int first, int chunk,
-                         int head_dim, float (&s)[kRowGroups][kLaneBlocks]) const {
-    const int column = first + chunk * kChunkBlocks + threadIdx.x % 4 * kLaneBlocks;
+  static __device__ constexpr int row_group(int, int unit) { return unit; }
+  static __device__ constexpr int chunk(int part, int) { return part; }
+
+  template <int kPart>
+  __device__ void scores(const char*, const Centroids<float>& centroids, int first, int head_dim,
+                         float (&s)[kUnits][kLaneBlocks]) const {
+    const int column = first + kPart * kChunkBlocks + threadIdx.x % 4 * kLaneBlocks;
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) {
 #pragma unroll

@@ -7,7 +7,7 @@
 //   insert(key, id)   of any candidate; drops the worst entry or the candidate. Nothing happens
 //                     for kNoKey
 //   store(...)        ids ascending, then -1, with their scores, then -inf
-// and kGroups: in groups of a lane's columns of a chunk that bound the K-th best from below, or 0.
+//   kth_best(K, from) if kGroups > 0: the K-th largest of kGroups floats, none of them NaN
 #pragma once
 
 #include <climits>
@@ -41,7 +41,7 @@ template <int kSlots>
 class List {
  public:
   static constexpr int kThreadBlocks = kSlots <= 8 ? 3 : 2;  // per SM, for the register budget
-  static constexpr int kGroups = kSlots <= 8 ? (kSlots + 3) / 4 : 0;
+  static constexpr int kGroups = kSlots <= 8 ? 16 : 32;
   static constexpr int kRowBytes = 0;
 
   __device__ List(int slots, int64_t*, const RowOutput&) {
@@ -63,6 +63,22 @@ class List {
     }
     id_[0] = key >= key_[0] ? id : id_[0];
     key_[0] = max(key_[0], key);
+  }
+
+  static __device__ float kth_best(int slots, const float* from) {
+    float best[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) best[i] = i < kSlots - slots ? INFINITY : -INFINITY;
+#pragma unroll 1
+    for (int j = 0; j < kGroups; j += 2) {
+      const auto two = *reinterpret_cast<const float2*>(from + j);
+      for (const float x : {two.x, two.y}) {
+#pragma unroll
+        for (int i = kSlots - 1; i > 0; --i) best[i] = fmaxf(best[i], fminf(best[i - 1], x));
+        best[0] = fmaxf(best[0], x);
+      }
+    }
+    return best[kSlots - 1];
   }
 
   __device__ void store(int slots, const RowOutput& to) {

@@ -169,6 +169,12 @@ inline __device__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes) 
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
+// Of the tile `bytes` further on, a multiple of 16: less work than a descriptor of its own.
+inline __device__ uint64_t advance(uint64_t descriptor, int bytes) {
+  const auto low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4);
+  return descriptor >> 32 << 32 | low;
+}
+
 // 2^x; 0 where that would be denormal.
 inline __device__ float exp2_fast(float x) {
   float result;
@@ -202,11 +208,12 @@ inline __device__ float exp2_fast(float x) {
                : "l"(a), "l"(b), "r"(static_cast<uint32_t>(accumulate)))
 // With a in registers, as the d of a product with its columns as k, and b [16, N] in shared memory,
 // N along its rows of 128 bytes:
-#define MOBA_MMA_REGISTERS(N, TYPE, REGISTERS, A, B, P, ...)                                  \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N \
-               "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A "}, " B ", p, 1, 1, 1; }"     \
-               : __VA_ARGS__                                                                  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
+#define MOBA_MMA_REGISTERS(N, TYPE, REGISTERS, A, B, P, TRANSPOSED, ...)                         \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N    \
+               "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A "}, " B ", p, 1, 1, " TRANSPOSED \
+               "; }"                                                                             \
+               : __VA_ARGS__                                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                             \
                  "r"(static_cast<uint32_t>(accumulate)))
 
 template <typename T>
@@ -232,20 +239,34 @@ __device__ void mma(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
 template <typename T>
 __device__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    MOBA_MMA_REGISTERS("128", "f16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", MOBA_D32(d, 0),
-                       MOBA_D32(d, 32));
+    MOBA_MMA_REGISTERS("128", "f16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", "1",
+                       MOBA_D32(d, 0), MOBA_D32(d, 32));
   } else {
-    MOBA_MMA_REGISTERS("128", "bf16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", MOBA_D32(d, 0),
-                       MOBA_D32(d, 32));
+    MOBA_MMA_REGISTERS("128", "bf16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", "1",
+                       MOBA_D32(d, 0), MOBA_D32(d, 32));
   }
 }
 
 template <typename T>
 __device__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    MOBA_MMA_REGISTERS("64", "f16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", MOBA_D32(d, 0));
+    MOBA_MMA_REGISTERS("64", "f16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", "1",
+                       MOBA_D32(d, 0));
   } else {
-    MOBA_MMA_REGISTERS("64", "bf16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", MOBA_D32(d, 0));
+    MOBA_MMA_REGISTERS("64", "bf16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", "1",
+                       MOBA_D32(d, 0));
+  }
+}
+
+// The same with b [N, 16], k along its rows of 128 bytes:
+template <typename T>
+__device__ void mma_rows(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_REGISTERS("64", "f16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", "0",
+                       MOBA_D32(d, 0));
+  } else {
+    MOBA_MMA_REGISTERS("64", "bf16", MOBA_R32, "%32, %33, %34, %35", "%36", "%37", "0",
+                       MOBA_D32(d, 0));
   }
 }
 

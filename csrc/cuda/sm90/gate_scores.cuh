@@ -1,0 +1,110 @@
+// Scores of the gate on compute capability 9.0: what cuda/gate_scores.cuh's Scorer offers, by
+// wgmma.
+//
+// The four warps of a thread block multiply together, 64 rows by a tile of centroids at a time; a
+// warp has 16 of the rows. Columns of a product are in such an order that a lane gets the columns
+// of a chunk that Scorer gives it.
+#pragma once
+
+#include "cuda/gate_scores.cuh"
+#include "cuda/sm90/ptx.cuh"
+
+namespace moba::cuda::sm90 {
+
+// kDim: head_dim rounded up to 64 or 128; q and centroids are zero from head_dim on.
+template <typename T, int kDim>
+struct GateScorer {
+  static_assert(sizeof(T) == 2 && (kDim == 64 || kDim == 128) && kGateThreads == 128);
+  static constexpr bool kTogether = true;  // all warps must call scores
+  static constexpr int kRowGroups = 4, kUnits = 4;
+  static constexpr int kStageBytes = kTileBlocks * kDim * static_cast<int>(sizeof(T));
+  static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
+  static constexpr int kSteps = kDim / 16;   // of k
+  static constexpr int kProducts = kRowGroups / 2;
+
+  uint32_t q[kProducts][kSteps][4];
+
+  // row(i): first element of the warp's row i * 8 + lane / 4.
+  template <typename Row>
+  __device__ void load_q(const Row& row, int head_dim, bool aligned) {
+    if (aligned) {
+      load_q_by(row, head_dim,
+                [](const T* from) { return __ldg(reinterpret_cast<const uint32_t*>(from)); });
+    } else {
+      load_q_by(row, head_dim, [](const T* from) {
+        const auto* const bits = reinterpret_cast<const uint16_t*>(from);
+        return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+      });
+    }
+  }
+
+  // All threads copy tile `first` of the centroids; rows from `blocks` on are zero. Panels of 64
+  // columns, swizzled over 128 bytes. Lane t of a quad gets columns 8 * j + 2 * t + i of a chunk's
+  // products, which shall be blocks 8 * t + 2 * j + i: a thread copies those of one 2 * t + i.
+  static __device__ void fetch(char* stage, const Centroids<T>& centroids, int first,
+                               int head_dim) {
+    static_assert(kTileBlocks == 64 && kChunkBlocks == 32);
+    constexpr int kGroups = kGateThreads / kVectors / 8;  // of 8 rows that are copied at a time
+    const int vector = threadIdx.x % kVectors, row = threadIdx.x / kVectors;
+    const int column = row % 8, block = column / 2 * 8 + column % 2 + row / 8 * 2;
+    const T* const from = centroids.data + int64_t{first + block} * centroids.stride + vector * 8;
+    const uint32_t to = shared_address(stage) + vector / 8 * kTileBlocks * 128 + row * 128 +
+                        (vector % 8 ^ column) * 16;
+    const int blocks = vector * 8 < head_dim ? centroids.blocks - first - block : 0;
+#pragma unroll
+    for (int group = 0; group < kTileBlocks / 8; group += kGroups) {
+      const int step = group % 4 * 2 + group / 4 * kChunkBlocks;
+      cuda::copy_async(to + group * 1024, from + int64_t{step} * centroids.stride, step < blocks);
+    }
+  }
+
+  // This thread's copies have come in, for all to see after the next barrier.
+  static __device__ void arrived() {
+    cuda::wait_copies();
+    fence_async_proxy();
+  }
+
+  // Of a part: row groups 0 and 1 or 2 and 3 with both chunks.
+  static __device__ constexpr int row_group(int part, int unit) { return part * 2 + unit / 2; }
+  static __device__ constexpr int chunk(int, int unit) { return unit % 2; }
+
+  template <int kPart>
+  __device__ void scores(const char* stage, const Centroids<T>&, int, int,
+                         float (&s)[kUnits][kLaneBlocks]) const {
+    // The shuffle tells the compiler that all lanes have the same.
+    const uint64_t centroids = descriptor(__shfl_sync(~0u, shared_address(stage), 0), 0);
+    float d[kUnits * kLaneBlocks];
+    fence_wgmma();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int offset = step / 4 * kTileBlocks * 128 + step % 4 * 32;
+      mma_rows<T>(d, q[kPart][step], advance(centroids, offset), step > 0);
+    }
+    commit_wgmma();
+    wait_wgmma<0>();
+    hold(d);
+#pragma unroll
+    for (int j = 0; j < kUnits * kLaneBlocks; ++j) {
+      s[j / 2 % 2 * 2 + j / 16][j / 4 % 4 * 2 + j % 2] = d[j];
+    }
+  }
+
+ private:
+  template <typename Row, typename Load>
+  __device__ void load_q_by(const Row& row, int head_dim, const Load& load) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kRowGroups; ++i) {
+      const T* from = row(i) + t * 2;
+      asm("" : "+l"(from));  // or it is computed anew for every load
+#pragma unroll
+      for (int step = 0; step < kSteps * 2; ++step) {
+        uint32_t& pair = q[i / 2][step / 2][i % 2 + step % 2 * 2];
+        pair = 0;
+        if (step * 8 < head_dim) pair = load(from + step * 8);
+      }
+    }
+  }
+};
+
+}  // namespace moba::cuda::sm90
