@@ -4,11 +4,12 @@
 // A row's parts are one per slot, in list order wherever route placed them, and that of the query's
 // own block. Arithmetic is fp32, in the order of the slots with the own part last; one rounding.
 //
-// Grid: rows in order over thread blocks, `columns` threads with 16 bytes each per row. All of them
-// read the row's positions and weigh its parts for themselves: no exchange between threads. Loads
-// of kChunk parts are in flight, which is all of them up to 8 slots; more are taken chunk by chunk,
-// rescaling the sum when the largest lse grows.
+// merge: a row's parts lie all over the memory, so that many must be on their way at once: they
+// come by asynchronous copies, ahead of the arithmetic, to the warp that merges them.
+//
+// reduce_keys: rows in order over thread blocks, `columns` threads with 16 bytes each per row.
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/device.cuh"
@@ -17,16 +18,36 @@
 namespace moba::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMergeBytes = 12288;  // of a warp's parts in shared memory
 constexpr int kSegmentChunk = 2;
+constexpr uint32_t kMaxGridY = 65535;
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kMaxHeadDim <= kThreads, "scalar loads need a thread per element of a head");
 
 // MergeParams with what 32 bits hold, for divisions.
 struct MergeArgs {
   MergeParams params;
-  uint32_t rows, queries, group, slots;
+  uint32_t heads, queries, group, slots;  // all query heads
 };
+
+// 16 bytes, or zeros.
+__device__ void copy_vector(uint32_t to_shared, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ void copy_float(uint32_t to_shared, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
+}
+__device__ void store_shared(uint32_t to_shared, int32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
+}
+__device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 template <typename T, int kWidth>
 __device__ void add_scaled(const Vector<T, kWidth>& loaded, float scale, float (&sum)[kWidth]) {
@@ -42,133 +63,226 @@ __device__ void store(T* to, const float (&sum)[kWidth]) {
   *reinterpret_cast<Vector<T, kWidth>*>(to) = rounded;
 }
 
-// The softmax so far: sum and total are relative to exp(top).
-template <int kWidth>
-struct Softmax {
-  float top = -INFINITY, total = 0.0f;
-  float sum[kWidth] = {};
+// One warp's rows, of one query head and every so many queries: kParts parts of kRows rows at a
+// time, as many steps ahead of the arithmetic as its stages in shared memory hold. Part: the type
+// of params.part; halves if it is not T. A row has a lane for every 8 columns.
+template <typename T, typename Part, int kDim, int kParts, bool kBackward>
+class Merger {
+  static constexpr bool kHalves = !std::is_same_v<T, Part>;
+  static constexpr int kElements = 8, kLanes = kDim / kElements, kRows = 32 / kLanes;
+  static constexpr int kVectors = kElements * sizeof(Part) / 16;  // of a lane
+  static constexpr int kPartBytes = kDim * sizeof(Part), kDataBytes = kParts * kPartBytes;
+  static constexpr int kRowBytes = kDataBytes + kParts * 4;  // and each part's lse, or its place
+  static constexpr int kStages = kMergeBytes / (kRows * kDataBytes);
+  static_assert(kParts <= kLanes && kStages >= 2);
 
-  __device__ void raise(float new_top) {
-    if (new_top == top) return;
-    const float scale = exp2f((top - new_top) * kLog2e);
-    top = new_top;
-    total *= scale;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] *= scale;
+ public:
+  static constexpr int kBytes = kWarps * kStages * kRows * kRowBytes;
+  static constexpr int kQueries = kWarps * kRows;  // of a thread block at a time
+
+  __device__ Merger(const MergeArgs& args, char* shared)
+      : args_(args),
+        params_(args.params),
+        lane_(threadIdx.x % kLanes),
+        row_(threadIdx.x % 32 / kLanes),
+        valid_(params_.problem.cu_blocks[0] == 0) {
+    const uint32_t group = args.group, head = blockIdx.y, head_k = head / group;
+    const int64_t tokens = params_.problem.tokens_q, first = params_.group.query_begin;
+    memory_ = shared + (threadIdx.x / 32 * kStages * kRows + row_) * kRowBytes;
+    first_row_ = int64_t{head_k} * args.queries * group + head % group;
+    first_own_ =
+        params_.own_rows ? (head_k * tokens + first) * group + head % group : head * tokens + first;
+    head_q_ = params_.group.head_begin * group + head;
+    part_ = static_cast<const Part*>(params_.part) + lane_ * 16 / sizeof(Part);
+    own_ = static_cast<const Part*>(params_.own.data) + lane_ * 16 / sizeof(Part);
+    part_half_ = int64_t{args.queries} * args.slots * gridDim.y * row_elements();
+    own_half_ = gridDim.y * tokens * row_elements();
+    own_ += params_.own_rows ? first_own_ * row_elements()
+                             : first * params_.own.token_stride + head * params_.own.head_stride;
+    own_step_ = params_.own_rows ? group * row_elements() : params_.own.token_stride;
   }
 
-  // Wants lse <= top.
-  template <typename T>
-  __device__ void add(const Vector<T, kWidth>& loaded, float lse) {
-    const float weight = lse == -INFINITY ? 0.0f : exp2f((lse - top) * kLog2e);
-    total += weight;
-    add_scaled(loaded, weight, sum);
-  }
-};
-
-// Whether a query has keys: none before the first key of its sequence.
-__device__ bool has_keys(const Problem& problem, int64_t query) {
-  const int64_t b = find_part(problem.cu_seqlens_q, problem.batch, query);
-  return problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b] + query >=
-         problem.cu_seqlens_q[b + 1];
-}
-
-// Part: the type of params.part; halves if it is not T.
-template <typename T, typename Part, int kWidth, int kChunk, bool kBackward>
-__global__ void __launch_bounds__(kThreads, kBackward ? 3 : 2)
-    merge_kernel(const __grid_constant__ MergeArgs args) {
-  using Load = Vector<T, kWidth>;
-  using LoadPart = Vector<Part, kWidth>;
-  const MergeParams& params = args.params;
-  const Problem& problem = params.problem;
-  const uint32_t columns = static_cast<uint32_t>(problem.head_dim) / kWidth;
-  const uint32_t lanes = kThreads / columns;
-  const uint32_t lane = threadIdx.x / columns;
-  const int64_t row = int64_t{blockIdx.x} * lanes + lane;
-  if (lane >= lanes || row >= args.rows) return;
-  const int64_t column = threadIdx.x % columns * kWidth;
-
-  const uint32_t of_query = static_cast<uint32_t>(row) / args.group;
-  const int64_t query = params.group.query_begin + of_query % args.queries;
-  const int64_t head =
-      of_query / args.queries * args.group + static_cast<uint32_t>(row) % args.group;
-  const int64_t head_q = params.group.head_begin * args.group + head;
-
-  const auto in_rows = [&](const void* data, int64_t rows, int64_t at) {
-    if constexpr (std::is_same_v<Part, T>) {
-      return static_cast<const Part*>(data) + at * problem.head_dim + column;
+  __device__ void run() {
+    const uint32_t step = gridDim.x * kQueries;
+    Cursor ahead{blockIdx.x * kQueries + threadIdx.x / 32 * kRows + row_, 0}, now = ahead;
+    int32_t at = position(ahead);
+    for (int i = 0; i < kStages - 1; ++i) {
+      fetch(ahead, at, i);
+      advance(ahead, step);
+      at = position(ahead);
     }
-    const uint32_t width = static_cast<uint32_t>(problem.head_dim) / 2;
-    const uint32_t half = static_cast<uint32_t>(column) / width;
-    const uint32_t vector = static_cast<uint32_t>(column) % width / 8 ^ at % (width / 8);
-    return static_cast<const Part*>(data) + (half * rows + at) * width + vector * 8 + column % 8;
+    for (int stage = 0; now.query - row_ < args_.queries;
+         stage = stage + 1 == kStages ? 0 : stage + 1) {
+      fetch(ahead, at, stage == 0 ? kStages - 1 : stage - 1);
+      advance(ahead, step);
+      at = position(ahead);
+      wait_copies<kStages - 1>();
+      __syncwarp();
+      add(memory_ + stage * kRows * kRowBytes, now.first == 0);
+      __syncwarp();
+      if (now.first + kParts > args_.slots) finish(now.query);
+      advance(now, step);
+    }
+  }
+
+ private:
+  // A query of the range, and the first of the parts to take; part `slots` is the own one.
+  struct Cursor {
+    uint32_t query, first;
   };
-  const int64_t of_head = head * problem.tokens_q + query;  // [heads * G, Tq]
-  int64_t own_row = of_head;
-  const auto* own_at = static_cast<const Part*>(params.own.data) + query * params.own.token_stride +
-                       head * params.own.head_stride + column;
-  if (params.own_rows) {  // [heads, Tq, G]
-    const int64_t tokens = problem.tokens_q,
-                  heads = params.group.head_end - params.group.head_begin;
-    own_row = (of_query / args.queries * tokens + query) * args.group + head % args.group;
-    own_at = in_rows(params.own.data, heads * tokens * args.group, own_row);
-  }
-  const auto own = load<LoadPart>(own_at);
-  const float own_lse = kBackward ? 0.0f : params.own_lse[own_row];
 
-  const int32_t* const positions = params.positions + row * args.slots;
-  Softmax<kWidth> merged;
-  for (uint32_t first = 0; first < args.slots; first += kChunk) {
-    int32_t at[kChunk];
-    LoadPart loaded[kChunk];
-    float lse[kChunk];
+  __device__ void advance(Cursor& cursor, uint32_t step) const {
+    cursor.first += kParts;
+    if (cursor.first > args_.slots) cursor = {cursor.query + step, 0};
+  }
+
+  // Of the row's lane i: where slot first + i is, -1 if nowhere.
+  __device__ int32_t position(const Cursor& cursor) const {
+    const uint32_t slot = cursor.first + lane_;
+    if (cursor.query >= args_.queries || lane_ >= kParts || slot >= args_.slots) return -1;
+    const int64_t row = first_row_ + int64_t{cursor.query} * args_.group;
+    return params_.positions[row * args_.slots + slot];
+  }
+
+  // What has no part is zero, with a weight of zero.
+  __device__ void fetch(const Cursor& cursor, int32_t at, int stage) {
+    if (cursor.query - row_ < args_.queries) {
+      const uint32_t to =
+          static_cast<uint32_t>(__cvta_generic_to_shared(memory_)) + stage * kRows * kRowBytes;
+      const bool owned = args_.slots - cursor.first < kParts && cursor.query < args_.queries &&
+                         sees_keys(params_.group.query_begin + cursor.query);
+      const uint32_t own = owned ? args_.slots - cursor.first : kParts;
+      const Part* const own_from = own_ + own_step_ * cursor.query;
+      const bool in_row = lane_ * kElements < params_.problem.head_dim;
 #pragma unroll
-    for (uint32_t s = 0; s < kChunk; ++s) {
-      at[s] = first + s < args.slots ? positions[first + s] : -1;
-    }
+      for (int i = 0; i < kParts; ++i) {
+        const int32_t position = __shfl_sync(~0u, at, i, kLanes);
+        const bool is_own = i == own;
+        const Part* from = is_own ? own_from : part_ + position * row_elements();
 #pragma unroll
-    for (uint32_t s = 0; s < kChunk; ++s) {
-      loaded[s] = LoadPart{};
-      lse[s] = -INFINITY;
-      if (at[s] >= 0) {
-        loaded[s] = load<LoadPart>(in_rows(params.part, int64_t{args.rows} * args.slots, at[s]));
-        if (!kBackward) lse[s] = params.part_lse[at[s]];
+        for (int half = 0; half < kVectors; ++half) {
+          copy_vector(to + i * kPartBytes + (half * kLanes + lane_) * 16, from,
+                      in_row && (is_own || position >= 0));
+          from += is_own ? own_half_ : part_half_;
+        }
+      }
+      if (lane_ < kParts) {
+        const bool is_own = lane_ == own;
+        const int64_t own_row =
+            first_own_ + int64_t{cursor.query} * (params_.own_rows ? args_.group : 1);
+        const uint32_t beside = to + kDataBytes + lane_ * 4;
+        if constexpr (kHalves) {
+          store_shared(beside, is_own ? static_cast<int32_t>(own_row % 8) : at);
+        } else if constexpr (!kBackward) {
+          if (is_own || at >= 0) {
+            copy_float(beside, is_own ? params_.own_lse + own_row : params_.part_lse + at);
+          } else {
+            store_shared(beside, __float_as_int(-INFINITY));
+          }
+        }
       }
     }
-    if constexpr (kBackward) {
+    commit_copies();
+  }
+
+  // Elements from a row to the next.
+  __device__ int64_t row_elements() const { return kHalves ? kDim / 2 : params_.problem.head_dim; }
+
+  // Whether a query has keys: none before the first key of its sequence. Queries ascend.
+  __device__ bool sees_keys(int64_t query) {
+    if (query >= sequence_end_) {
+      const Problem& problem = params_.problem;
+      sequence_end_ = first_seeing_ = INT64_MAX;
+      if (valid_) {
+        const int64_t b = find_part(problem.cu_seqlens_q, problem.batch, query);
+        sequence_end_ = problem.cu_seqlens_q[b + 1];
+        first_seeing_ = sequence_end_ - (problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b]);
+      }
+    }
+    return query >= first_seeing_;
+  }
+
+  // Adds the parts of a stage to the softmax so far, or to the sum.
+  __device__ void add(const char* data, bool fresh) {
+    if (fresh) {
+      top_ = -INFINITY;
+      total_ = 0.0f;
 #pragma unroll
-      for (uint32_t s = 0; s < kChunk; ++s) add_scaled(loaded[s], 1.0f, merged.sum);
-    } else {
-      float top = merged.top;
+      for (float& x : sum_) x = 0.0f;
+    }
+    float weight = 1.0f;
+    if constexpr (!kBackward) {
+      // Every lane has the lse of one part, each of which kParts neighbours have among them.
+      const float lse = reinterpret_cast<const float*>(data + kDataBytes)[lane_ % kParts];
+      float top = fmaxf(lse, top_);
 #pragma unroll
-      for (uint32_t s = 0; s < kChunk; ++s) top = fmaxf(top, lse[s]);
-      merged.raise(top);
+      for (int i = 1; i < kParts; i *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+      // A top of -inf has no parts, and its sum is zero.
+      const float factor = top == top_ ? 1.0f : exp2f((top_ - top) * kLog2e);
+      top_ = top;
+      weight = lse == -INFINITY ? 0.0f : exp2f((lse - top) * kLog2e);
+      float total = weight;
 #pragma unroll
-      for (uint32_t s = 0; s < kChunk; ++s) merged.add(loaded[s], lse[s]);
+      for (int i = 1; i < kParts; i *= 2) total += __shfl_xor_sync(~0u, total, i);
+      total_ = total_ * factor + total;
+#pragma unroll
+      for (float& x : sum_) x *= factor;
+    }
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const auto* const part = reinterpret_cast<const Part*>(data + i * kPartBytes);
+      const auto loaded = load<Vector<Part, kElements>>(part + column_in_stage(data, i));
+      add_scaled(loaded, kBackward ? 1.0f : __shfl_sync(~0u, weight, i, kLanes), sum_);
     }
   }
 
-  const bool valid = problem.cu_blocks[0] == 0;
-  if (valid && has_keys(problem, query)) {
-    if constexpr (kBackward) {
-      add_scaled(own, 1.0f, merged.sum);
-    } else {
-      merged.raise(fmaxf(merged.top, own_lse));
-      merged.add(own, own_lse);
+  // Where part i has the lane's columns, in elements.
+  __device__ int column_in_stage(const char* data, int i) const {
+    if constexpr (kHalves) {
+      constexpr int kOfHalf = kLanes / 2;  // lanes
+      const int32_t row = reinterpret_cast<const int32_t*>(data + kDataBytes)[i];
+      return lane_ / kOfHalf * (kDim / 2) + (lane_ % kOfHalf ^ (row & (kOfHalf - 1))) * kElements;
+    }
+    return lane_ * kElements;
+  }
+
+  __device__ void finish(uint32_t at) {
+    if (at >= args_.queries) return;
+    const int64_t query = params_.group.query_begin + at;
+    float scale = 1.0f;
+    if (!kBackward) scale = total_ == 0.0f ? 0.0f : 1.0f / total_;
+    if (!valid_) scale = NAN;
+#pragma unroll
+    for (float& x : sum_) x *= scale;
+    const int column = lane_ * kElements;
+    if (column < params_.problem.head_dim) {
+      store<T, kElements>(static_cast<T*>(params_.out.data) + query * params_.out.token_stride +
+                              head_q_ * params_.out.head_stride + column,
+                          sum_);
+    }
+    if (!kBackward && lane_ == 0) {
+      const float lse = total_ == 0.0f ? -INFINITY : top_ + logf(total_);
+      params_.lse[head_q_ * params_.problem.tokens_q + query] = valid_ ? lse : NAN;
     }
   }
-  float scale = 1.0f;
-  if (!kBackward) scale = merged.total == 0.0f ? 0.0f : 1.0f / merged.total;
-  if (!valid) scale = NAN;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) merged.sum[i] *= scale;
-  store<T, kWidth>(static_cast<T*>(params.out.data) + query * params.out.token_stride +
-                       head_q * params.out.head_stride + column,
-                   merged.sum);
-  if (!kBackward && column == 0) {
-    const float lse = merged.total == 0.0f ? -INFINITY : merged.top + logf(merged.total);
-    params.lse[head_q * problem.tokens_q + query] = valid ? lse : NAN;
-  }
+
+  const MergeArgs& args_;
+  const MergeParams& params_;
+  const uint32_t lane_, row_;  // of the row, of the warp
+  const bool valid_;
+  char* memory_;
+  const Part *part_, *own_;                 // of the lane's first vector, position 0 and query 0
+  int64_t part_half_, own_half_;            // elements from a half to the other
+  int64_t own_step_;                        // from query to query
+  int64_t first_row_, first_own_, head_q_;  // rows of query 0 in positions and own
+  int64_t sequence_end_ = 0, first_seeing_ = 0;
+  float top_ = 0.0f, total_ = 0.0f, sum_[kElements] = {};
+};
+
+template <typename M>
+__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeArgs args) {
+  extern __shared__ __align__(16) char shared[];
+  M(args, shared).run();
 }
 
 // Segments [first, last) of a key's list, and whether its own part counts: someone's own block.
@@ -288,39 +402,49 @@ bool vectors(const void* data, int64_t token_stride, int64_t head_stride) {
          head_stride % 8 == 0;
 }
 
-template <typename T, typename Part, int kWidth, bool kBackward>
-void launch_merge(const MergeArgs& args, cudaStream_t stream) {
-  const int64_t lanes = kThreads / (args.params.problem.head_dim / kWidth);
-  const auto grid = static_cast<unsigned>(ceil_div(args.rows, lanes));
-  if constexpr (std::is_same_v<T, Part>) {  // eight parts in float32 are too many registers
-    if (args.slots > 4) {
-      merge_kernel<T, Part, kWidth, 8, kBackward><<<grid, kThreads, 0, stream>>>(args);
-      return;
-    }
+template <typename M>
+cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream) {
+  int device = 0, processors = 0, blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
-  merge_kernel<T, Part, kWidth, 4, kBackward><<<grid, kThreads, 0, stream>>>(args);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(merge_kernel<M>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 M::kBytes);
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, merge_kernel<M>, kThreads,
+                                                          M::kBytes);
+  }
+  if (error != cudaSuccess) return error;
+  const int64_t wanted = ceil_div(int64_t{processors} * blocks, args.heads);
+  const auto columns = static_cast<unsigned>(std::min(ceil_div(args.queries, M::kQueries), wanted));
+  merge_kernel<M><<<dim3(columns, args.heads), kThreads, M::kBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename T, int kDim, bool kBackward>
+cudaError_t launch_dim(const MergeArgs& args, bool halves, cudaStream_t stream) {
+  if constexpr (kBackward && kDim <= 128) {
+    if (halves) return launch_merge<Merger<T, float, kDim, 4, true>>(args, stream);
+  }
+  return args.slots < 4 ? launch_merge<Merger<T, T, kDim, 4, kBackward>>(args, stream)
+                        : launch_merge<Merger<T, T, kDim, 8, kBackward>>(args, stream);
 }
 
 template <typename T, bool kBackward>
 cudaError_t merge_any(const MergeParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
-  const int64_t rows = params.group.heads() * params.group.queries() * problem.group();
-  MergeArgs args{params, static_cast<uint32_t>(rows), static_cast<uint32_t>(params.group.queries()),
-                 static_cast<uint32_t>(problem.group()), static_cast<uint32_t>(problem.slots)};
-  const bool wide = problem.head_dim % 8 == 0 && vectors(params.part, 0, 0) &&
-                    vectors(params.own.data, params.own.token_stride, params.own.head_stride) &&
-                    vectors(params.out.data, params.out.token_stride, params.out.head_stride);
-  if (rows == 0) return cudaSuccess;
-  if constexpr (kBackward) {
-    if (params.halves) {
-      wide ? launch_merge<T, float, 8, true>(args, stream)
-           : launch_merge<T, float, 1, true>(args, stream);
-      return cudaGetLastError();
-    }
-  }
-  wide ? launch_merge<T, T, 8, kBackward>(args, stream)
-       : launch_merge<T, T, 1, kBackward>(args, stream);
-  return cudaGetLastError();
+  const MergeArgs args{params, static_cast<uint32_t>(params.group.heads() * problem.group()),
+                       static_cast<uint32_t>(params.group.queries()),
+                       static_cast<uint32_t>(problem.group()),
+                       static_cast<uint32_t>(problem.slots)};
+  if (args.heads * args.queries == 0) return cudaSuccess;
+  if (args.heads > kMaxGridY) return cudaErrorInvalidValue;
+  if (problem.head_dim <= 64) return launch_dim<T, 64, kBackward>(args, params.halves, stream);
+  if (problem.head_dim <= 128) return launch_dim<T, 128, kBackward>(args, params.halves, stream);
+  return launch_dim<T, 256, kBackward>(args, params.halves, stream);
 }
 
 template <typename T, int kWidth>

@@ -251,6 +251,9 @@ MergeParams merge_params(const Tensor& positions, const Tensor& part, ScalarType
   problem.slots = slots_of(positions, "positions", rows);
   check_vector(positions, "positions", ScalarType::Int, -1, out);
   check_packed(part, "part", part_dtype, positions.numel(), problem.head_dim, out);
+  MOBA_CHECK(problem.head_dim % 8 == 0, "head_dim must be a multiple of 8, got ", problem.head_dim);
+  check_vectors(out, "out");
+  check_vectors(part, "part");
   check_offsets(cu_seqlens_q, "cu_seqlens_q", out, "out");
   set_sequences(problem, cu_blocks, cu_seqlens_q, cu_seqlens_k);
   params.group = group;
@@ -272,6 +275,7 @@ void set_own(MergeParams& params, const Tensor& own, ScalarType dtype, const Ten
     check_shape(own, "own", out, problem.tokens_q, heads, problem.head_dim);
     params.own = rows_of(own);
   }
+  check_vectors(own, "own");
 }
 
 // part_out [R * K, 1, D], part_lse float32 [R * K], own_out [Tq, heads * G, D], own_lse float32
@@ -311,6 +315,8 @@ void flash_merge_backward(Tensor positions, Tensor part_dq, Tensor own_dq, Tenso
                    {head_begin, head_end, query_begin, query_end}, dq);
   set_own(params, own_dq, dtype, dq);
   MOBA_CHECK(!halves || params.own_rows, "own_dq in float32 must be in halves");
+  MOBA_CHECK(!halves || dq.size(2) == 64 || dq.size(2) == 128,
+             "halves are of head_dim 64 or 128, got ", dq.size(2));
   params.halves = halves;
   const DeviceGuard guard(dq.get_device_index());
   STD_CUDA_CHECK(merge_backward(params, current_stream(dq)));

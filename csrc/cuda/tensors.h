@@ -76,6 +76,13 @@ inline void check_shape(const Tensor& tensor, const char* name, const Tensor& li
              name, " must be [", tokens, ", ", heads, ", ", head_dim, "]");
 }
 
+// Rows that 16 bytes can be read from at a time.
+inline void check_vectors(const Tensor& tensor, const char* name) {
+  MOBA_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
+                 tensor.stride(0) % 8 == 0 && tensor.stride(1) % 8 == 0,
+             name, " must have rows that are aligned to 16 bytes");
+}
+
 // Contiguous, `rows` rows of `width` elements, whatever dimensions of 1 stand between.
 inline void check_packed(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows,
                          int64_t width, const Tensor& like) {

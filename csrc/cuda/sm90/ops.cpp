@@ -22,13 +22,6 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Rows that 16 bytes can be read from at a time.
-void check_vectors(const Tensor& tensor, const char* name) {
-  MOBA_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
-                 tensor.stride(0) % 8 == 0 && tensor.stride(1) % 8 == 0,
-             name, " must have rows that are aligned to 16 bytes");
-}
-
 RowVectors vectors_of(const Tensor& tensor, const char* name) {
   check_vectors(tensor, name);
   MOBA_CHECK(
