@@ -56,7 +56,7 @@ class FlashPlan(NamedTuple):
     dense: topk * block_size covers every sequence: one causal call, no routing.
     block_size: of own blocks and routing; the longest sequence where dense.
     slots: past blocks per query that are routed, 0 where dense or topk is 1: then no group is.
-    segment_rows: most rows of a segment of a block's list; fewer in the backward.
+    segment_rows: most rows of a segment of a block's list.
     heads_per_group, queries_per_group: what is routed and merged at a time.
     at_once: groups of heads that run at the same time, on two streams.
     """

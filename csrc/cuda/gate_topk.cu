@@ -16,7 +16,7 @@
 // on scheduling or on the row's place in a tile.
 //
 // The first two tiles are scored twice, for a bound on the K-th best before the first insertion:
-// of 512 random scores 37 would enter a list of 7 without it, and 18 do.
+// of 512 random scores 37 enter a list of 7 without it, by simulation, and 20 with it.
 
 #include "cuda/gate_scores.cuh"
 #include "cuda/gate_select.cuh"

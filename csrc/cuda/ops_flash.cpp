@@ -248,6 +248,8 @@ MergeParams merge_params(const Tensor& positions, const Tensor& part, ScalarType
   problem.head_dim = check_head_dim(out.size(2));
   problem.heads_k = heads_k;
   const int64_t rows = check_group(problem, group);
+  MOBA_CHECK(group.heads() * problem.group() <= 65535, "a group has ",
+             group.heads() * problem.group(), " query heads, 65,535 is the most that merge takes");
   problem.slots = slots_of(positions, "positions", rows);
   check_vector(positions, "positions", ScalarType::Int, -1, out);
   check_packed(part, "part", part_dtype, positions.numel(), problem.head_dim, out);

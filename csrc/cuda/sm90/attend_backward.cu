@@ -5,10 +5,10 @@
 //
 // Grid: persistent thread blocks, each with a run of segments that costs as much as any other. For
 // every segment its block's keys pass by, kKeys at a time, and past each of these tiles the
-// segment's rows, kRows at a time. Three warp groups: one gathers rows of q and dout straight from
-// the tensors and loads k and v (cp.async), two have 64 of the keys each. Their S, P and dS are
-// transposed, keys by rows, so that P and dS are operands from registers in the products for dv and
-// dk. For dq they exchange dS through shared memory, and each has half of the columns.
+// segment's rows, kRows at a time. Three warp groups: two have 64 of the keys each; of the third,
+// two warps gather rows of q and dout straight from the tensors, and one copies k and v. Their S, P
+// and dS are transposed, keys by rows, so that P and dS are operands from registers in the products
+// for dv and dk. For dq they exchange dS through shared memory, and each has half of the columns.
 //
 // Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
 // its keys up to each query's.
@@ -191,6 +191,7 @@ class Consumer {
 
   // The warp has done with a stage.
   __device__ void release(uint32_t barrier) {
+    __syncwarp();
     if (lane() == 0) arrive(barrier);
   }
 
@@ -306,18 +307,18 @@ class Consumer {
 
 template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
-    attend_backward_kernel(const __grid_constant__ AttendBackwardParams params) {
+    attend_backward_kernel(const __grid_constant__ MappedParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Layout = Shared<kDim, kOneTile>;
   extern __shared__ char unaligned[];
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      init_barrier(shared + Layout::kRowsFull + i * 8, kGroupThreads);
+      init_barrier(shared + Layout::kRowsFull + i * 8, kRowWarps * 32);
       init_barrier(shared + Layout::kRowsEmpty + i * 8, kConsumerWarps);
     }
     for (int barrier : {Layout::kKFull, Layout::kVFull}) {
-      init_barrier(shared + barrier, kGroupThreads);
+      init_barrier(shared + barrier, 32);
     }
     for (int barrier : {Layout::kKEmpty, Layout::kVEmpty}) {
       init_barrier(shared + barrier, kConsumerWarps);
@@ -326,18 +327,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!kOneTile)
       store_shared(shared + Layout::kNumber, atomicAdd(params.turns + 2 * params.row_tiles, 1));
   }
+  if (kOneTile) clear_short_tiles(shared, Layout::kQ, params.problem, kKeys);
   __syncthreads();
   const int key_tiles =
       kOneTile ? 1 : static_cast<int>((params.problem.block_size + kKeys - 1) / kKeys);
   const int number = kOneTile ? blockIdx.x : load_shared_int(shared + Layout::kNumber);
-  if (threadIdx.x < kGroupThreads) {
-    release_registers<24>();
-    Producer<kDim, kOwn, kOneTile>(params, shared).run(number, key_tiles);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    release_registers<kLoaderRegisters>();
+    if (warp < kRowWarps) {
+      RowLoader<kDim, kOwn, kOneTile>(params, shared).run(number, key_tiles);
+    } else if (warp == kRowWarps) {
+      KeyLoader<kDim, kOwn, kOneTile>(params, shared).run(number, key_tiles);
+    }
   } else {
-    claim_registers<240>();
-    Consumer<T, kDim, kOwn, kOneTile, kWhole>(params, shared,
-                                              __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0) - 1)
-        .run(number, key_tiles);
+    claim_registers<kConsumerRegisters>();
+    Consumer<T, kDim, kOwn, kOneTile, kWhole>(params, shared, warp / 4 - 1).run(number, key_tiles);
   }
 #else
   __trap();  // launch() has let it pass, and there is no code for this chip
@@ -345,10 +350,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
-cudaError_t launch(const AttendBackwardParams& params, cudaStream_t stream) {
+cudaError_t launch(const AttendBackwardParams& of_call, cudaStream_t stream) {
+  MappedParams params;
+  cudaError_t error = map_keys(of_call, params);
+  if (error != cudaSuccess) return error;
   if (!kOneTile) {
     const size_t turns = 2 * params.row_tiles + 1;
-    const cudaError_t error = cudaMemsetAsync(params.turns, 0, turns * sizeof(int32_t), stream);
+    error = cudaMemsetAsync(params.turns, 0, turns * sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;
   }
   return launch_persistent(attend_backward_kernel<T, kDim, kOwn, kOneTile, kWhole>, kThreads,

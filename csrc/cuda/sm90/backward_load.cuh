@@ -1,19 +1,25 @@
-// What a thread block of attend_backward works on, and the warp group that loads it.
+// What a thread block of attend_backward works on, and the warps that load it.
 #pragma once
 
 #include <cmath>
 
-#include "cuda/sm90/routed.cuh"
+#include "cuda/sm90/key_tiles.cuh"
 
 namespace moba::cuda::sm90::backward {
+
+using MappedParams = Mapped<AttendBackwardParams>;
 
 constexpr int kConsumers = 2;
 constexpr int kConsumerWarps = kConsumers * kGroupThreads / 32;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * registers_at_launch(kThreads));
 constexpr int kRows = 64;
 constexpr int kKeys = 64 * kConsumers;
 static_assert(kKeys == kKeyTile);
 constexpr int kStages = 3;
+constexpr int kRowWarps = 2;      // that gather rows
 constexpr int kSegmentCost = 96;  // of loading keys and storing their gradients, in rows
 
 // Bytes of dynamic shared memory, and where in it things are.
@@ -101,21 +107,20 @@ inline __device__ int first_row(const RoutedRows& routed, const Item& item, int 
   return max(0, (tile * kKeys - item.offset) * static_cast<int>(routed.group)) / kRows * kRows;
 }
 
+// The warps that gather rows of q and dout.
 template <int kDim, bool kOwn, bool kOneTile>
-class Producer {
+class RowLoader {
   using Layout = Shared<kDim, kOneTile>;
   static constexpr int kVectors = Layout::kVectors;
-  static constexpr int kWarpRows = kRows / 4;    // of a tile, gathered by one warp
-  static constexpr int kAtOnce = 32 / kVectors;  // rows
-  static constexpr int kRowStep = kGroupThreads / kVectors;
+  static constexpr int kWarpRows = kRows / kRowWarps;  // of a tile, gathered by one warp
+  static constexpr int kAtOnce = 32 / kVectors;        // rows
+  static_assert(kWarpRows == 32, "one per lane to look up");
 
  public:
-  __device__ Producer(const AttendBackwardParams& params, uint32_t shared)
+  __device__ RowLoader(const AttendBackwardParams& params, uint32_t shared)
       : params_(params),
         shared_(shared),
-        rows_(shared + Layout::kRowsFull, shared + Layout::kRowsEmpty),
-        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
-        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
+        rows_(shared + Layout::kRowsFull, shared + Layout::kRowsEmpty) {}
 
   __device__ void run(int number, int key_tiles) {
     const Share<kOwn, kOneTile> share(params_, number, key_tiles);
@@ -128,10 +133,6 @@ class Producer {
           const uint32_t next = entry_of(item, first + kRows);
           load_rows(item, first, entry);
           entry = next;
-          if (first == begin) {
-            load_keys(params_.k, item, k_, Layout::kK, tile);
-            load_keys(params_.v, item, v_, Layout::kV, tile);
-          }
         }
       }
     }
@@ -143,7 +144,7 @@ class Producer {
   // the row's number in it.
   __device__ uint32_t entry_of(const Item& item, int first) const {
     const int thread = fresh_thread_index();
-    const int row = min(first + thread / 32 * kWarpRows + thread % kWarpRows, item.rows - 1);
+    const int row = min(first + thread, item.rows - 1);
     return kOwn ? row : params_.entries[item.row + row];
   }
 
@@ -154,54 +155,76 @@ class Producer {
     const uint32_t of_q = params_.q.at(place.query, place.head);
     const uint32_t of_dout = params_.dout.at(place.query, place.head);
     const int thread = fresh_thread_index(), lane = thread % 32, vector = thread % kVectors;
-    const int warp_row = thread / 32 * kWarpRows, row = warp_row + thread % kWarpRows;
-    const bool valid = first + row < item.rows;
-    const uint32_t all_valid = __ballot_sync(~0u, valid);
+    const int warp_row = thread - lane;
+    const int left = item.rows - first - warp_row;
     const uint32_t stat =
         place.head * static_cast<uint32_t>(params_.problem.tokens_q) + place.query;
     copies_.acquire(rows_);
-    const bool of_lse = lane < kWarpRows;
-    const uint32_t to = shared_ + (of_lse ? Layout::kLse : Layout::kDelta) +
-                        rows_.stage * Layout::kStatBytes + row * 4;
-    if (valid) {
-      copy_async(to, (of_lse ? params_.lse_log2 : params_.delta) + stat);
+    const uint32_t to = shared_ + rows_.stage * Layout::kStatBytes + thread * 4;
+    if (lane < left) {
+      copy_async(to + Layout::kLse, params_.lse_log2 + stat);
+      copy_async(to + Layout::kDelta, params_.delta + stat);
     } else {
-      store_shared(to, __float_as_uint(of_lse ? INFINITY : 0.0f));
+      store_shared(to + Layout::kLse, __float_as_uint(INFINITY));
+      store_shared(to + Layout::kDelta, 0u);
     }
     const uint32_t stage = shared_ + rows_.stage * Layout::kRowBytes;
-#pragma unroll 1
+#pragma unroll 8
     for (int i = 0; i < kWarpRows; i += kAtOnce) {
       const int mine = i + lane / kVectors;
       const int at = vector_at(kRows, warp_row + mine, vector);
-      const bool copied = all_valid >> mine & 1;
       copy_async(stage + Layout::kQ + at, params_.q.data + __shfl_sync(~0u, of_q, mine) + vector,
-                 copied);
+                 mine < left);
       copy_async(stage + Layout::kDout + at,
-                 params_.dout.data + __shfl_sync(~0u, of_dout, mine) + vector, copied);
+                 params_.dout.data + __shfl_sync(~0u, of_dout, mine) + vector, mine < left);
     }
     copies_.issued(rows_);
-  }
-
-  __device__ void load_keys(const RowVectors& rows, const Item& item, Ring<1>& ring, int to,
-                            int tile) {
-    copies_.acquire(ring);
-    const int thread = fresh_thread_index(), vector = thread % kVectors;
-    const int first = tile * kKeys, left = item.keys - first;
-    const uint32_t head = params_.head_begin + item.head;
-    uint32_t from = rows.at(item.key + first + thread / kVectors, head) + vector;
-#pragma unroll 2
-    for (int row = thread / kVectors; row < kKeys; row += kRowStep) {
-      copy_async(shared_ + to + vector_at(kKeys, row, vector), rows.data + from, row < left);
-      from += kRowStep * rows.token_step;
-    }
-    copies_.issued(ring);
   }
 
   const AttendBackwardParams& params_;
   uint32_t shared_;
   Ring<kStages> rows_;
-  Ring<1> k_, v_;
   Copies copies_;
+};
+
+// The warp that copies k and v: v is free first.
+template <int kDim, bool kOwn, bool kOneTile>
+class KeyLoader {
+  using Layout = Shared<kDim, kOneTile>;
+
+ public:
+  __device__ KeyLoader(const MappedParams& params, uint32_t shared)
+      : params_(params),
+        shared_(shared),
+        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
+        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
+
+  __device__ void run(int number, int key_tiles) {
+    const Share<kOwn, kOneTile> share(params_, number, key_tiles);
+    for (int i = share.first; i < share.last; i += share.step()) {
+      const Item item(params_, i, kOwn);
+      for (int tile = share.tile; tile < key_tiles; tile += share.tile_step) {
+        if (kOwn && first_row(params_, item, tile, kOwn) >= item.rows) continue;
+        load(params_.v, params_.v_map, item, v_, Layout::kV, tile);
+        load(params_.k, params_.k_map, item, k_, Layout::kK, tile);
+      }
+    }
+  }
+
+ private:
+  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Item& item,
+                       Ring<1>& ring, uint32_t to, int tile) {
+    const int head = params_.head_begin + item.head, token = item.key + tile * kKeys;
+    const int box = kOneTile ? static_cast<int>(params_.problem.block_size) : kKeys;
+    wait(ring.empty_barrier(), ring.parity ^ 1);
+    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, item.keys - tile * kKeys, box,
+                           ring.full_barrier());
+    ring.advance();
+  }
+
+  const MappedParams& params_;
+  uint32_t shared_;
+  Ring<1> k_, v_;
 };
 
 }  // namespace moba::cuda::sm90::backward

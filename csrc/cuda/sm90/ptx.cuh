@@ -1,6 +1,7 @@
 // Hopper's instructions, one per function: asynchronous copies, mbarriers, register budgets, wgmma.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -33,6 +34,15 @@ inline __device__ void copy_async(uint32_t to_shared, const float* from) {
 inline __device__ void store_shared(uint32_t to_shared, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
 }
+inline __device__ void store_shared(uint32_t to_shared, int x, int y) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to_shared), "r"(x), "r"(y) : "memory");
+}
+inline __device__ void store_shared(uint32_t to_shared, int x, int y, int z, int w) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to_shared), "r"(x), "r"(y), "r"(z),
+               "r"(w)
+               : "memory");
+}
+inline __device__ void store_zeros(uint32_t to_shared) { store_shared(to_shared, 0, 0, 0, 0); }
 inline __device__ void store_shared(uint32_t to_shared, float2 value) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to_shared), "f"(value.x), "f"(value.y)
                : "memory");
@@ -58,6 +68,20 @@ inline __device__ uint4 load_shared(uint32_t from_shared) {
                : "memory");
   return value;
 }
+// Four matrices of 8 rows of 16 bytes; lane i has the address of row i % 8 of matrix i / 8, and of
+// its 4 bytes lane % 4 of row lane / 4.
+inline __device__ void load_matrices(uint32_t (&to)[4], uint32_t from_shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from_shared)
+               : "memory");
+}
+inline __device__ void store_matrices(uint32_t to_shared, uint32_t x, uint32_t y, uint32_t z,
+                                      uint32_t w) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to_shared),
+               "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
 inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ void wait_copies() {
@@ -81,6 +105,15 @@ inline __device__ void fence_barrier_init() {
 }
 inline __device__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// When the copies that this thread has issued are done; the barrier counts on it.
+inline __device__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// And `bytes` of copies are to come before the phase ends.
+inline __device__ void arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 inline __device__ bool try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -111,6 +144,15 @@ inline __device__ void store_global(void* to, uint4 value, bool valid) {
       : "memory");
 }
 
+// A box of a tensor map, from coordinates x, y, z on, that a barrier expects; for one thread.
+inline __device__ void copy_tensor(uint32_t to_shared, const CUtensorMap& map, int x, int y, int z,
+                                   uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to_shared),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
 // Bulk copies from shared to global memory, for one thread: float32 may be added to what is there.
 inline __device__ void copy_bulk(void* to, uint32_t from_shared, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
@@ -179,6 +221,17 @@ inline __device__ uint64_t advance(uint64_t descriptor, int bytes) {
 inline __device__ float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// Errors of 2^-22 or an ulp.
+inline __device__ float log2_fast(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+inline __device__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
@@ -259,6 +312,17 @@ __device__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool acc
 }
 
 // The same with b [N, 16], k along its rows of 128 bytes:
+template <typename T>
+__device__ void mma_rows(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MOBA_MMA_REGISTERS("128", "f16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", "0",
+                       MOBA_D32(d, 0), MOBA_D32(d, 32));
+  } else {
+    MOBA_MMA_REGISTERS("128", "bf16", MOBA_R64, "%64, %65, %66, %67", "%68", "%69", "0",
+                       MOBA_D32(d, 0), MOBA_D32(d, 32));
+  }
+}
+
 template <typename T>
 __device__ void mma_rows(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, __half>) {

@@ -15,6 +15,10 @@ namespace moba::cuda::sm90 {
 
 constexpr int kGroupThreads = 128;  // of a warp group
 
+// Registers per thread that a launch of so many threads has for its warp groups to share out; one
+// that claims more waits forever.
+constexpr int registers_at_launch(int threads) { return 65536 / threads / 8 * 8; }
+
 // Byte of a row's vector in a tile of `rows` rows.
 inline __device__ int vector_at(int rows, int row, int vector) {
   return vector / 8 * rows * 128 + row * 128 + (vector % 8 ^ row % 8) * 16;
@@ -46,6 +50,8 @@ struct Item {
   int keys;                          // of the block
   int query = 0, begin = 0, offset;  // of an own block: its first query, the first row from there
                                      // on, and the last key that its first query sees
+
+  Item() = default;
 
   // i: of the segments, or of the own blocks of all heads, each in so many parts of part_rows rows.
   __device__ Item(const RoutedRows& routed, int i, bool own, int parts = 1, int part_rows = 0) {

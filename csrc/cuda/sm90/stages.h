@@ -8,6 +8,7 @@
 namespace moba::cuda::sm90 {
 
 constexpr int kSegmentRows = 128;  // of attend_forward at most
+constexpr int kKeyTile = 128;      // keys of a tile at most
 
 // A tensor [T, H, D] by vectors of 16 bytes, 2^32 of them at most.
 struct RowVectors {
@@ -45,9 +46,17 @@ struct AttendForwardParams : RoutedRows {
   float* part_lse;  // [R * K] natural log
 };
 
-// Row i of part_out and part_lse is that of entry i, below the total. Left alone: the others, and
-// queries without keys.
-cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream);
+// Partial attention of the routed rows: of every (KV head, block), the rows that chose it, packed
+// in the order of the lists, each with one softmax over the block's keys. Row i of part_out and
+// part_lse is that of entry i, below the total. Left alone: the others, and queries without keys.
+// Of blocks of at most kKeyTile keys, and of larger ones:
+cudaError_t attend_forward_tile(const AttendForwardParams& params, cudaStream_t stream);
+cudaError_t attend_forward_tiles(const AttendForwardParams& params, cudaStream_t stream);
+
+inline cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream) {
+  return params.problem.block_size <= kKeyTile ? attend_forward_tile(params, stream)
+                                               : attend_forward_tiles(params, stream);
+}
 
 struct AttendBackwardParams : RoutedRows {
   RowVectors dout;        // [Tq, Hq, D]
@@ -70,8 +79,6 @@ struct AttendBackwardParams : RoutedRows {
 
 // Left alone: rows beyond the last entry, queries without keys, keys of blocks without own queries.
 cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream);
-
-constexpr int kKeyTile = 128;  // of attend_backward
 
 // What the backward needs of every row besides q and dout.
 struct RowStatsParams {

@@ -1,0 +1,504 @@
+// attend_forward of blocks whose keys are one tile: they stay in shared memory while the rows that
+// chose the block stream past.
+//
+// Grid: persistent thread blocks; each has a run of segments (or own blocks), as long as that of
+// any other, and goes through their rows by tiles of 64. Three warp groups compute, tile i the one
+// with number i % 3, one step at a time: scores, softmax, product; while one has its scalar work,
+// the tensor cores have another's products. Of a fourth, each of three warps copies the rows of one
+// consumer, and the last the keys of the next block. What a consumer must know of a tile lies
+// beside it in shared memory.
+//
+// Rows of q have a stride of 16 bytes more than they are long, against bank conflicts: they reach
+// the tensor cores by way of registers.
+
+#include <cmath>
+
+#include "cuda/sm90/key_tiles.cuh"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+using MappedParams = Mapped<AttendForwardParams>;
+
+constexpr int kConsumers = 3;
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kLoaderRegisters = 56, kConsumerRegisters = 152;
+static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * registers_at_launch(kThreads));
+constexpr int kTileRows = 64;
+constexpr int kKeyStages = 2;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Of a tile of rows, for its consumer.
+struct Tile {
+  int row, rows;  // the first one's place in what is written, and how many; 0: there are no more
+  int keys;       // how many blocks' keys have come before it, its own included
+  int begin;      // of an own block: the first row, from the block's own first on
+};
+static_assert(sizeof(Tile) == 16);
+
+// Of a tile of keys.
+struct Keys {
+  int keys, offset;  // of the block; and the last key that an own block's first query sees
+};
+static_assert(sizeof(Keys) == 8);
+
+// Bytes of dynamic shared memory, and where in it things are.
+template <int kDim, int kKeys>
+struct Shared {
+  static constexpr int kRowBytes = kDim * 2, kRowStride = kRowBytes + 16;
+  static constexpr int kQBytes = kTileRows * kRowStride;
+  static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
+  static constexpr int kOutStride = 128 + 16;         // of 64 columns of a row
+  static constexpr int kOutBytes = 16 * kOutStride;   // of a warp
+  static constexpr int kQ = kKeyStages * 2 * kKeyBytes;
+  static constexpr int kOut = kQ + kConsumers * kQBytes;
+  static constexpr int kTiles = kOut + kConsumers * 4 * kOutBytes;
+  static constexpr int kKeysOf = kTiles + kConsumers * sizeof(Tile);
+  static constexpr int kQFull = kKeysOf + kKeyStages * sizeof(Keys);  // mbarriers
+  static constexpr int kQEmpty = kQFull + kConsumers * 8;
+  static constexpr int kKeyFull = kQEmpty + kConsumers * 8;
+  static constexpr int kKeyEmpty = kKeyFull + kKeyStages * 8;
+  static constexpr int kBytes = kKeyEmpty + kKeyStages * 8 + 1024;  // and to align it
+};
+
+// The items of a thread block, looked up 32 at a time, one by each lane: a run of them, and of the
+// last ones, whose blocks may have few rows for the time that their keys take, every so many.
+template <bool kOwn>
+class Run {
+ public:
+  __device__ explicit Run(const AttendForwardParams& params)
+      : params_(params), lane_(threadIdx.x % 32) {
+    const int64_t own_rows = params.problem.block_size * params.group;
+    parts_ = static_cast<int>((own_rows + kSegmentRows - 1) / kSegmentRows);
+    const int items = kOwn ? params.own_blocks * static_cast<int>(params.heads) * parts_
+                           : params.segment_offsets[params.lists];
+    const int64_t in_runs = items - items / 32;
+    const int block = blockIdx.x, blocks = gridDim.x;
+    first_ = static_cast<int>(in_runs * block / blocks);
+    run_ = static_cast<int>(in_runs * (block + 1) / blocks) - first_;
+    rest_ = static_cast<int>(in_runs) + block;
+    count_ = run_ + max(0, (items - rest_ + blocks - 1) / blocks);
+  }
+
+  // The next item that has rows, for all lanes; false if there is none.
+  __device__ bool next(Item& item) {
+    do {
+      if (next_ == count_) return false;
+      const int lane = next_ % 32;
+      if (lane == 0) {
+        const int i = min(next_ + lane_, count_ - 1), of_rest = i - run_;
+        const int index = of_rest < 0 ? first_ + i : rest_ + of_rest * static_cast<int>(gridDim.x);
+        mine_ = Item(params_, index, kOwn, parts_, kSegmentRows);
+      }
+      item.list = __shfl_sync(~0u, mine_.list, lane);
+      item.row = __shfl_sync(~0u, mine_.row, lane);
+      item.rows = __shfl_sync(~0u, mine_.rows, lane);
+      item.key = __shfl_sync(~0u, mine_.key, lane);
+      item.head = __shfl_sync(~0u, mine_.head, lane);
+      item.keys = __shfl_sync(~0u, mine_.keys, lane);
+      if (kOwn) {
+        item.query = __shfl_sync(~0u, mine_.query, lane);
+        item.begin = __shfl_sync(~0u, mine_.begin, lane);
+        item.offset = __shfl_sync(~0u, mine_.offset, lane);
+      }
+      ++next_;
+    } while (kOwn && item.rows <= 0);
+    return true;
+  }
+
+ private:
+  const AttendForwardParams& params_;
+  int lane_, parts_;
+  int first_, run_, rest_;    // of all items: the first of the run, how many, the first of the rest
+  int next_ = 0, count_ = 0;  // of the thread block's
+  Item mine_;
+};
+
+// The warp that copies a consumer's rows of q.
+template <int kDim, int kKeys, bool kOwn>
+class RowLoader {
+  using Layout = Shared<kDim, kKeys>;
+  static constexpr int kVectors = kDim / 8;         // of 16 bytes in a row
+  static constexpr int kLaneRows = kTileRows / 32;  // of a tile
+
+ public:
+  __device__ RowLoader(const AttendForwardParams& params, uint32_t shared, int consumer)
+      : params_(params), shared_(shared), consumer_(consumer), lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    Run<kOwn> run(params_);
+    Item item;
+    int list = -1, changes = 0, tiles = 0;
+    while (run.next(item)) {
+      changes += item.list != list;
+      list = item.list;
+      for (int begin = 0; begin < item.rows; begin += kTileRows) {
+        if (tiles++ % kConsumers == consumer_) {
+          next({item.row + begin, min(item.rows - begin, kTileRows), changes, item.begin + begin},
+               item);
+        }
+      }
+    }
+    if (pending_.rows > 0) load();
+    pending_ = {0, 0, changes, 0};
+    load();
+  }
+
+ private:
+  // Looks up where the rows of a tile are, and copies those of the tile before, for which this has
+  // been done.
+  __device__ void next(const Tile& tile, const Item& item) {
+    uint32_t rows[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = min(lane_ + i * 32, tile.rows - 1);
+      rows[i] = kOwn ? static_cast<uint32_t>(tile.begin + row)
+                     : static_cast<uint32_t>(params_.entries[tile.row + row]);
+    }
+    if (pending_.rows > 0) load();
+    pending_ = tile;
+    head_ = item.head;
+    query_ = item.query;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) rows_[i] = rows[i];
+  }
+
+  __device__ void load() {
+    const uint32_t full = shared_ + Layout::kQFull + consumer_ * 8;
+    wait(shared_ + Layout::kQEmpty + consumer_ * 8, parity_ ^= 1);
+    if (lane_ == 0) {
+      store_shared(shared_ + Layout::kTiles + consumer_ * sizeof(Tile), pending_.row, pending_.rows,
+                   pending_.keys, pending_.begin);
+      arrive(full);
+    }
+    constexpr int kAtOnce = 32 / kVectors;  // rows
+    const int vector = lane_ % kVectors, first = lane_ / kVectors;
+    const uint32_t to = shared_ + Layout::kQ + consumer_ * Layout::kQBytes +
+                        first * Layout::kRowStride + vector * 16;
+    const uint4* const from = params_.q.data + vector;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const RowPlace place = kOwn ? RowPlace::in_order(params_, head_, query_, rows_[i])
+                                  : RowPlace::of_entry(params_, head_, rows_[i]);
+      const uint32_t mine = params_.q.at(place.query, place.head);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        const uint32_t row = __shfl_sync(~0u, mine, first + j * kAtOnce);
+        copy_async(to + (i * 32 + j * kAtOnce) * Layout::kRowStride, from + row, true);
+      }
+    }
+    arrive_after_copies(full);
+  }
+
+  const AttendForwardParams& params_;
+  uint32_t shared_;
+  int consumer_, lane_;
+  uint32_t parity_ = 0;  // of the phase in which the place was last free
+  Tile pending_{};
+  uint32_t head_ = 0, query_ = 0, rows_[kLaneRows] = {};  // of it: rows lane, lane + 32, ...
+};
+
+// The warp that copies k and v, by the tensor copy engine where a block is as long as any.
+template <int kDim, int kKeys, bool kOwn>
+class KeyLoader {
+  using Layout = Shared<kDim, kKeys>;
+
+ public:
+  __device__ KeyLoader(const MappedParams& params, uint32_t shared)
+      : params_(params),
+        shared_(shared),
+        keys_(shared + Layout::kKeyFull, shared + Layout::kKeyEmpty),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    Run<kOwn> run(params_);
+    Item item;
+    int list = -1;
+    while (run.next(item)) {
+      if (item.list == list) continue;
+      list = item.list;
+      wait(keys_.empty_barrier(), keys_.parity ^ 1);
+      const uint32_t to = shared_ + keys_.stage * 2 * Layout::kKeyBytes;
+      if (lane_ == 0) {
+        store_shared(shared_ + Layout::kKeysOf + keys_.stage * sizeof(Keys), item.keys,
+                     item.offset);
+      }
+      const int head = params_.head_begin + item.head;
+      const int box = static_cast<int>(params_.problem.block_size);
+      copy_keys<kDim, kKeys>(to, params_.k, params_.k_map, head, item.key, item.keys, box,
+                             keys_.full_barrier());
+      copy_keys<kDim, kKeys>(to + Layout::kKeyBytes, params_.v, params_.v_map, head, item.key,
+                             item.keys, box, keys_.full_barrier());
+      keys_.advance();
+    }
+  }
+
+ private:
+  const MappedParams& params_;
+  uint32_t shared_;
+  Ring<kKeyStages> keys_;
+  int lane_;
+};
+
+// kOwn: own blocks. kWhole: a block has kKeys keys.
+template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
+class Consumer {
+  using Layout = Shared<kDim, kKeys>;
+
+ public:
+  __device__ Consumer(const AttendForwardParams& params, uint32_t shared, int index)
+      : params_(params),
+        shared_(shared),
+        index_(index),
+        warp_(threadIdx.x % kGroupThreads / 32),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    for (uint32_t parity = 0;; parity ^= 1) {
+      wait(shared_ + Layout::kQFull + index_ * 8, parity);
+      const uint4 word = load_shared(shared_ + Layout::kTiles + index_ * sizeof(Tile));
+      const Tile tile{static_cast<int>(word.x), static_cast<int>(word.y), static_cast<int>(word.z),
+                      static_cast<int>(word.w)};
+      uint32_t q[kDim / 16][4];
+      load_q(q);
+      release(Layout::kQEmpty + index_ * 8);
+      while (changes_ < tile.keys) change_keys();
+      if (tile.rows == 0) return;
+      float s[kKeys / 2], out[kDim / 2], max[2], sum[2];
+      uint32_t p[kKeys / 16][4];
+      scores(q, s);
+      if constexpr (kOwn || !kWhole) mask(tile, s);
+      softmax(s, p, max, sum);
+      values(p, out);
+      store(tile, out, max, sum);
+    }
+  }
+
+ private:
+  // The warp's 16 rows, as the A of products.
+  __device__ void load_q(uint32_t (&q)[kDim / 16][4]) const {
+    const uint32_t from = shared_ + Layout::kQ + index_ * Layout::kQBytes +
+                          (warp_ * 16 + lane_ % 16) * Layout::kRowStride + lane_ / 16 * 16;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) load_matrices(q[i], from + i * 32);
+  }
+
+  __device__ void change_keys() {
+    const int stage = changes_ % kKeyStages;
+    if (changes_ > 0) release(Layout::kKeyEmpty + (changes_ - 1) % kKeyStages * 8);
+    wait(shared_ + Layout::kKeyFull + stage * 8, changes_ / kKeyStages & 1);
+    keys_at_ = shared_ + stage * 2 * Layout::kKeyBytes;
+    if constexpr (kOwn || !kWhole) {
+      const uint32_t from = shared_ + Layout::kKeysOf + stage * sizeof(Keys);
+      keys_ = {load_shared_int(from), load_shared_int(from + 4)};
+    }
+    ++changes_;
+  }
+
+  // S = q k^T
+  __device__ void scores(const uint32_t (&q)[kDim / 16][4], float (&s)[kKeys / 2]) const {
+    const uint32_t k = keys_at_;
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      mma_rows<T>(s, q[i], descriptor(k + i / 4 * kKeys * 128 + i % 4 * 32, 0), i > 0);
+    }
+    commit_wgmma();
+    wait_wgmma<0>();
+    hold(s);
+  }
+
+  // Keys beyond the block, or after an own block's query, count for nothing.
+  __device__ void mask(const Tile& tile, float (&s)[kKeys / 2]) const {
+    int left[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      left[half] = keys_.keys - lane_ % 4 * 2;
+      if constexpr (kOwn) {
+        const int row = warp_ * 16 + lane_ / 4 + half * 8;
+        const int of_query = (tile.begin + row) / static_cast<int>(params_.group);
+        left[half] = keys_.offset + of_query + 1 - lane_ % 4 * 2;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) {
+      s[i] = i / 4 * 8 + i % 2 < left[i / 2 % 2] ? s[i] : -INFINITY;
+    }
+  }
+
+  // P = exp2(S - max), with sums and maxima of the two rows of a thread; kChains results side by
+  // side.
+  __device__ void softmax(const float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4],
+                          float (&max)[2], float (&sum)[2]) const {
+    constexpr int kChains = 4;
+    float most[2][kChains], sums[2][kChains], shift[2];
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      const int half = i / 2 % 2, chain = i / 4 % kChains;
+      const float pair = fmaxf(s[i], s[i + 1]);
+      most[half][chain] = i / 4 < kChains ? pair : fmaxf(most[half][chain], pair);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      max[half] = fmaxf(fmaxf(most[half][0], most[half][1]), fmaxf(most[half][2], most[half][3]));
+      max[half] = fmaxf(max[half], __shfl_xor_sync(~0u, max[half], 1));
+      max[half] = fmaxf(max[half], __shfl_xor_sync(~0u, max[half], 2));
+      shift[half] = max[half] == -INFINITY ? 0.0f : max[half] * params_.scale_log2;
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      const int half = i / 2 % 2, chain = i / 4 % kChains;
+      const float low = exp2_fast(fmaf(s[i], params_.scale_log2, -shift[half]));
+      const float high = exp2_fast(fmaf(s[i + 1], params_.scale_log2, -shift[half]));
+      sums[half][chain] = i / 4 < kChains ? low + high : sums[half][chain] + (low + high);
+      p[i / 8][i / 2 % 4] = pack<T>(low, high);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] = (sums[half][0] + sums[half][1]) + (sums[half][2] + sums[half][3]);
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+    }
+  }
+
+  // out = P v
+  __device__ void values(const uint32_t (&p)[kKeys / 16][4], float (&out)[kDim / 2]) const {
+    const uint32_t v = keys_at_ + Layout::kKeyBytes;
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      mma<T>(out, p[i], descriptor(v + i * 16 * 128, kKeys * 128), i > 0);
+    }
+    commit_wgmma();
+    wait_wgmma<0>();
+    hold(out);
+  }
+
+  // A warp's 16 rows, by way of shared memory of its own, 64 columns at a time.
+  __device__ void store(const Tile& tile, const float (&out)[kDim / 2], const float (&max)[2],
+                        const float (&sum)[2]) const {
+    const int rows = tile.rows - warp_ * 16, first = tile.row + warp_ * 16;
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane_ / 4 + half * 8;
+      if (lane_ % 4 == 0 && row < rows) {
+        params_.part_lse[first + row] =
+            (max[half] * params_.scale_log2 + log2_fast(sum[half])) * kLn2;
+      }
+      scale[half] = reciprocal_fast(sum[half]);
+    }
+    const uint32_t own = shared_ + Layout::kOut + (index_ * 4 + warp_) * Layout::kOutBytes;
+    const uint32_t to = own + lane_ % 16 * Layout::kOutStride + lane_ / 16 * 16;
+    const uint32_t from = own + lane_ / 8 * Layout::kOutStride + lane_ % 8 * 16;
+    uint4* const part = static_cast<uint4*>(params_.part_out) +
+                        static_cast<int64_t>(first + lane_ / 8) * (kDim / 8) + lane_ % 8;
+#pragma unroll
+    for (int panel = 0; panel < kDim / 64; ++panel) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const x = out + panel * 32 + i * 8;
+        store_matrices(to + i * 32, pack<T>(x[0] * scale[0], x[1] * scale[0]),
+                       pack<T>(x[2] * scale[1], x[3] * scale[1]),
+                       pack<T>(x[4] * scale[0], x[5] * scale[0]),
+                       pack<T>(x[6] * scale[1], x[7] * scale[1]));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        store_global(part + i * 4 * (kDim / 8) + panel * 8,
+                     load_shared(from + i * 4 * Layout::kOutStride), lane_ / 8 + i * 4 < rows);
+      }
+    }
+  }
+
+  // The warp has done with a stage.
+  __device__ void release(int barrier) const {
+    __syncwarp();
+    if (lane_ == 0) arrive(shared_ + barrier);
+  }
+
+  const AttendForwardParams& params_;
+  uint32_t shared_;
+  int index_, warp_, lane_;
+  int changes_ = 0;  // of keys, up to here
+  uint32_t keys_at_ = 0;
+  Keys keys_;
+};
+
+template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_forward_tile_kernel(const __grid_constant__ MappedParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Layout = Shared<kDim, kKeys>;
+  extern __shared__ char unaligned[];
+  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kConsumers; ++i) {
+      init_barrier(shared + Layout::kQFull + i * 8, 32 + 1);
+      init_barrier(shared + Layout::kQEmpty + i * 8, 4);
+    }
+    for (int i = 0; i < kKeyStages; ++i) {
+      init_barrier(shared + Layout::kKeyFull + i * 8, 2 * 32);
+      init_barrier(shared + Layout::kKeyEmpty + i * 8, kConsumers * 4);
+    }
+    fence_barrier_init();
+  }
+  clear_short_tiles(shared, Layout::kQ, params.problem, kKeys);
+  __syncthreads();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    release_registers<kLoaderRegisters>();
+    if (warp < kConsumers) {
+      RowLoader<kDim, kKeys, kOwn>(params, shared, warp).run();
+    } else {
+      KeyLoader<kDim, kKeys, kOwn>(params, shared).run();
+    }
+  } else {
+    claim_registers<kConsumerRegisters>();
+    Consumer<T, kDim, kKeys, kOwn, kWhole>(params, shared, warp / 4 - 1).run();
+  }
+#else
+  __trap();  // launch() has let it pass, and there is no code for this chip
+#endif
+}
+
+template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
+cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
+  return launch_persistent(attend_forward_tile_kernel<T, kDim, kKeys, kOwn, kWhole>, kThreads,
+                           Shared<kDim, kKeys>::kBytes, params, stream);
+}
+
+template <typename T, int kDim, int kKeys>
+cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream) {
+  MappedParams params;
+  const cudaError_t error = map_keys(of_call, params);
+  if (error != cudaSuccess) return error;
+  if (params.own_blocks > 0) return launch<T, kDim, kKeys, true, true>(params, stream);
+  return params.problem.block_size % kKeys == 0
+             ? launch<T, kDim, kKeys, false, true>(params, stream)
+             : launch<T, kDim, kKeys, false, false>(params, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_keys(const AttendForwardParams& params, cudaStream_t stream) {
+  return params.problem.block_size <= 64 ? launch_kind<T, kDim, 64>(params, stream)
+                                         : launch_kind<T, kDim, 128>(params, stream);
+}
+
+template <typename T>
+cudaError_t launch_dim(const AttendForwardParams& params, cudaStream_t stream) {
+  return params.problem.head_dim == 64 ? launch_keys<T, 64>(params, stream)
+                                       : launch_keys<T, 128>(params, stream);
+}
+
+}  // namespace
+
+cudaError_t attend_forward_tile(const AttendForwardParams& params, cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16 ? launch_dim<__half>(params, stream)
+                                                 : launch_dim<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace moba::cuda::sm90

@@ -1,0 +1,537 @@
+// attend_forward of blocks of more keys than a tile, which pass by, kKeys at a time.
+//
+// Grid: persistent thread blocks, which take segments in turns, to read the same keys at the same
+// time. Two warp groups have 64 rows of the segment each and compute; of a third, a warp for each
+// of them gathers its rows of q, and one copies k and v. Rings lie between them, one each for q, k
+// and v, with a pair of mbarriers per stage. Results leave through the shared memory that q came
+// in.
+//
+// A consumer has one step's product with v under way while it works on the scores of the next.
+//
+// Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
+// its keys up to each query's.
+
+#include <cmath>
+
+#include "cuda/sm90/key_tiles.cuh"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+using MappedParams = Mapped<AttendForwardParams>;
+
+constexpr int kConsumers = 2;
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
+static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * registers_at_launch(kThreads));
+constexpr int kRows = 64 * kConsumers;  // of a segment at most
+static_assert(kRows == kSegmentRows);
+constexpr int kKeys = kKeyTile;
+constexpr int kQStages = 3, kKeyStages = 2;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Of an item, for the consumers.
+struct alignas(16) Segment {
+  int row, rows;      // as Item's; rows 0: there are no more
+  int keys, tiles;    // of the block; tiles of them that the rows see
+  int begin, offset;  // as Item's
+  int seen;           // of an own block: keys that its first row sees
+};
+static_assert(sizeof(Segment) == 32);
+
+// Bytes of dynamic shared memory, and where in it things are.
+template <int kDim>
+struct Shared {
+  static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
+  static constexpr int kQBytes = kRows * kDim * 2;
+  static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
+  static constexpr int kKeyTiles = kQStages * kQBytes;
+  static constexpr int kSegments = kKeyTiles + kKeyStages * 2 * kKeyBytes;
+  static constexpr int kQFull = kSegments + kQStages * sizeof(Segment);  // mbarriers
+  static constexpr int kQEmpty = kQFull + kQStages * 8;
+  static constexpr int kKFull = kQEmpty + kQStages * 8;
+  static constexpr int kKEmpty = kKFull + kKeyStages * 8;
+  static constexpr int kVFull = kKEmpty + kKeyStages * 8;
+  static constexpr int kVEmpty = kVFull + kKeyStages * 8;
+  static constexpr int kBytes = kVEmpty + kKeyStages * 8 + 1024;  // and to align it
+
+  // Of a stage, from the start of shared memory.
+  static __device__ uint32_t q(int stage) { return stage * kQBytes; }
+  static __device__ uint32_t k(int stage) { return kKeyTiles + stage * 2 * kKeyBytes; }
+  static __device__ uint32_t v(int stage) { return k(stage) + kKeyBytes; }
+};
+
+// The items of a thread block: every so many.
+template <bool kOwn>
+struct Share {
+  int last;
+  int parts;  // of an own block
+
+  __device__ explicit Share(const AttendForwardParams& params) {
+    const int64_t own_rows = params.problem.block_size * params.group;
+    parts = static_cast<int>((own_rows + kRows - 1) / kRows);
+    const int64_t items = kOwn ? int64_t{params.own_blocks} * params.heads * parts
+                               : params.segment_offsets[params.lists];
+    last = static_cast<int>(items);
+  }
+
+  __device__ Item item(const RoutedRows& routed, int i) const {
+    return {routed, i, kOwn, parts, kRows};
+  }
+
+  // The first one from i on that has rows, or one beyond the last.
+  __device__ int from(const RoutedRows& routed, int i) const {
+    while (kOwn && i < last && item(routed, i).rows <= 0) i += gridDim.x;
+    return i;
+  }
+};
+
+// Tiles of keys that an item's rows see.
+template <bool kOwn>
+__device__ int tiles_of(const RoutedRows& routed, const Item& item, int key_tiles) {
+  if (!kOwn) return key_tiles;
+  const int last = (item.begin + item.rows - 1) / static_cast<int>(routed.group);
+  return (item.offset + last) / kKeys + 1;
+}
+
+// The warp that copies a consumer's rows of q.
+template <int kDim, bool kOwn>
+class RowLoader {
+  using Layout = Shared<kDim>;
+  static constexpr int kVectors = Layout::kVectors;
+  static constexpr int kAtOnce = 32 / kVectors;  // rows
+  static constexpr int kLaneRows = 64 / 32;
+
+ public:
+  __device__ RowLoader(const MappedParams& params, uint32_t shared, int consumer)
+      : params_(params),
+        shared_(shared),
+        q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
+        consumer_(consumer),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ void run(int key_tiles) {
+    const Share<kOwn> share(params_);
+    for (int i = share.from(params_, blockIdx.x); i < share.last;
+         i = share.from(params_, i + gridDim.x)) {
+      const Item item = share.item(params_, i);
+      load(item, tiles_of<kOwn>(params_, item, key_tiles));
+    }
+    wait(q_.empty_barrier(), q_.parity ^ 1);
+    describe({});
+    arrive(q_.full_barrier());
+  }
+
+ private:
+  __device__ void load(const Item& item, int tiles) {
+    uint32_t of_row[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = min(consumer_ * 64 + i * 32 + lane_, item.rows - 1);
+      const RowPlace place =
+          kOwn ? RowPlace::in_order(params_, item.head, item.query, item.begin + row)
+               : RowPlace::of_entry(params_, item.head, params_.entries[item.row + row]);
+      of_row[i] = params_.q.at(place.query, place.head);
+    }
+    wait(q_.empty_barrier(), q_.parity ^ 1);
+    const int seen = item.offset + item.begin / static_cast<int>(params_.group) + 1;
+    describe({item.row, item.rows, item.keys, tiles, item.begin, item.offset, seen});
+    const uint32_t to = shared_ + Layout::q(q_.stage);
+    const int vector = lane_ % kVectors, first = lane_ / kVectors;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+#pragma unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const uint32_t from = __shfl_sync(~0u, of_row[i], first + j * kAtOnce);
+        const int row = consumer_ * 64 + i * 32 + first + j * kAtOnce;
+        copy_async(to + vector_at(kRows, row, vector), params_.q.data + from + vector, true);
+      }
+    }
+    commit_copies();
+    wait_copies<0>();
+    fence_async_proxy();
+    arrive(q_.full_barrier());
+    q_.advance();
+  }
+
+  __device__ void describe(const Segment& segment) const {
+    if (consumer_ != 0 || lane_ != 0) return;
+    const uint32_t to = shared_ + Layout::kSegments + q_.stage * sizeof(Segment);
+    store_shared(to, segment.row, segment.rows, segment.keys, segment.tiles);
+    store_shared(to + 16, segment.begin, segment.offset, segment.seen, 0);
+  }
+
+  const MappedParams& params_;
+  uint32_t shared_;
+  Ring<kQStages> q_;
+  int consumer_, lane_;
+};
+
+// The warp that copies k and v, by the tensor copy engine where a tile is whole.
+template <int kDim, bool kOwn>
+class KeyLoader {
+  using Layout = Shared<kDim>;
+
+ public:
+  __device__ KeyLoader(const MappedParams& params, uint32_t shared)
+      : params_(params),
+        shared_(shared),
+        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
+        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
+
+  __device__ void run(int key_tiles) {
+    const Share<kOwn> share(params_);
+    for (int i = share.from(params_, blockIdx.x); i < share.last;
+         i = share.from(params_, i + gridDim.x)) {
+      const Item item = share.item(params_, i);
+      const int tiles = tiles_of<kOwn>(params_, item, key_tiles);
+      for (int tile = 0; tile < tiles; ++tile) {
+        load(params_.k, params_.k_map, item, k_, Layout::k(k_.stage), tile);
+        load(params_.v, params_.v_map, item, v_, Layout::v(v_.stage), tile);
+      }
+    }
+  }
+
+ private:
+  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Item& item,
+                       Ring<kKeyStages>& ring, uint32_t to, int tile) {
+    const int head = params_.head_begin + item.head, token = item.key + tile * kKeys;
+    wait(ring.empty_barrier(), ring.parity ^ 1);
+    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, item.keys - tile * kKeys, kKeys,
+                           ring.full_barrier());
+    ring.advance();
+  }
+
+  const MappedParams& params_;
+  uint32_t shared_;
+  Ring<kKeyStages> k_, v_;
+};
+
+// kOwn: own blocks. kWhole: the block is whole tiles of keys. No branch may stand between the
+// products of a step and the wait for them, or the compiler waits before it.
+template <typename T, int kDim, bool kOwn, bool kWhole>
+class Consumer {
+  using Layout = Shared<kDim>;
+
+ public:
+  __device__ Consumer(const AttendForwardParams& params, uint32_t shared, int index)
+      : params_(params),
+        shared_(shared),
+        q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
+        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
+        v_(shared + Layout::kVFull, shared + Layout::kVEmpty),
+        index_(index),
+        thread_(threadIdx.x % kGroupThreads) {}
+
+  __device__ void run() {
+    Segment item = next_item();
+    if (item.rows == 0) return;
+    int tile = 0;
+    step<true, kOwn || !kWhole>(item, tile);
+    for (;;) {
+      if (++tile == item.tiles) {
+        tile = 0;
+        q_.advance();
+        item = next_item();
+        if (item.rows == 0) break;
+      }
+      if (masked(item, tile)) {
+        step<false, true>(item, tile);
+      } else {
+        step<false, false>(item, tile);
+      }
+    }
+    wait_values();
+    values();
+    wait_wgmma<0>();
+    hold(out_);
+    store(max_, sum_);
+  }
+
+ private:
+  __device__ Segment next_item() {
+    wait(q_.full_barrier(), q_.parity);
+    const uint32_t from = shared_ + Layout::kSegments + q_.stage * sizeof(Segment);
+    const uint4 word = load_shared(from);
+    Segment item{static_cast<int>(word.x), static_cast<int>(word.y), static_cast<int>(word.z),
+                 static_cast<int>(word.w)};
+    if (kOwn) {
+      const uint4 more = load_shared(from + 16);
+      item.begin = static_cast<int>(more.x);
+      item.offset = static_cast<int>(more.y);
+      item.seen = static_cast<int>(more.z);
+    }
+    return item;
+  }
+
+  // What the product with v of a step needs, which comes with the next one's.
+  struct Step {
+    bool accumulate;
+    int v_stage;
+    uint32_t v_parity;
+    int q_stage;
+    int row, rows;  // of its item
+  };
+
+  // Whether some of the tile's keys count for nothing.
+  static __device__ bool masked(const Segment& item, int tile) {
+    if (kOwn) return (tile + 1) * kKeys > item.seen;
+    return !kWhole && tile + 1 == item.tiles;
+  }
+
+  template <bool kFirst, bool kMasked>
+  __device__ void step(const Segment& item, int tile) {
+    if (!kFirst) {
+      release(Layout::kKEmpty + k_.stage * 8);
+      k_.advance();
+      v_.advance();
+    }
+    wait(k_.full_barrier(), k_.parity);
+    if (!kFirst) wait_values();
+    scores();
+    if (kFirst) {
+      wait_wgmma<0>();
+    } else {
+      values();
+      wait_wgmma<1>();
+    }
+    hold(s_);
+    const float max[2] = {max_[0], max_[1]}, sum[2] = {sum_[0], sum_[1]};
+    float factor[2];
+    if constexpr (kMasked) mask(item, tile);
+    softmax(tile, factor);
+    // ptxas would put the wait for the other product before the exponentials; not before a barrier
+    // whose number they decide. Sums are not negative.
+    sync_warp_group(1 + index_ + (sum_[0] + sum_[1] < 0.0f ? kConsumers : 0));
+    if (!kFirst) {
+      wait_wgmma<0>();
+      hold(out_);
+      release(Layout::kVEmpty + before_.v_stage * 8);
+      if (tile == 0) store(max, sum);
+    }
+    if (tile > 0) rescale(factor);
+    pack_weights();
+    before_ = {tile > 0, v_.stage, v_.parity, q_.stage, item.row, item.rows};
+  }
+
+  // S = q k^T
+  __device__ void scores() {
+    const uint32_t q = shared_ + Layout::q(q_.stage) + index_ * 64 * 128;
+    const uint32_t k = shared_ + Layout::k(k_.stage);
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      mma<T>(s_, descriptor(q + i / 4 * kRows * 128 + i % 4 * 32, 0),
+             descriptor(k + i / 4 * kKeys * 128 + i % 4 * 32, 0), i > 0);
+    }
+    commit_wgmma();
+  }
+
+  // S -> P = exp2(S - max) in its place, with sums and maxima of the two rows of a thread. factor:
+  // of what was summed with the maximum before. kChains results side by side hide the latency that
+  // two warps per scheduler can't.
+  __device__ void softmax(int tile, float (&factor)[2]) {
+    constexpr int kChains = 4;
+    float most[2][kChains], sum[2][kChains], shift[2];
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      const int half = i / 2 % 2, chain = i / 4 % kChains;
+      const float pair = fmaxf(s_[i], s_[i + 1]);
+      most[half][chain] = i / 4 < kChains ? pair : fmaxf(most[half][chain], pair);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float max = fmaxf(fmaxf(most[half][0], most[half][1]), fmaxf(most[half][2], most[half][3]));
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
+      max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
+      max = fmaxf(max, tile > 0 ? max_[half] : -INFINITY);
+      shift[half] = max == -INFINITY ? 0.0f : max * params_.scale_log2;
+      factor[half] = exp2_fast(max_[half] * params_.scale_log2 - shift[half]);
+      max_[half] = max;
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      const int half = i / 2 % 2, chain = i / 4 % kChains;
+      s_[i] = exp2_fast(fmaf(s_[i], params_.scale_log2, -shift[half]));
+      s_[i + 1] = exp2_fast(fmaf(s_[i + 1], params_.scale_log2, -shift[half]));
+      const float pair = s_[i] + s_[i + 1];
+      sum[half][chain] = i / 4 < kChains ? pair : sum[half][chain] + pair;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = (sum[half][0] + sum[half][1]) + (sum[half][2] + sum[half][3]);
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      sum_[half] = tile == 0 ? total : sum_[half] * factor[half] + total;
+    }
+  }
+
+  // Keys beyond the block, or after an own block's query, count for nothing.
+  __device__ void mask(const Segment& item, int tile) {
+    int left[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      left[half] = item.keys - tile * kKeys - thread_ % 4 * 2;
+      if constexpr (kOwn) {
+        const int row = index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4 + half * 8;
+        const int of_query = (item.begin + row) / static_cast<int>(params_.group);
+        left[half] = item.offset + of_query + 1 - tile * kKeys - thread_ % 4 * 2;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) {
+      s_[i] = i / 4 * 8 + i % 2 < left[i / 2 % 2] ? s_[i] : -INFINITY;
+    }
+  }
+
+  __device__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) out_[i] *= factor[i / 2 % 2];
+  }
+
+  __device__ void pack_weights() {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) p_[i / 4][i % 4] = pack<T>(s_[2 * i], s_[2 * i + 1]);
+  }
+
+  __device__ void wait_values() {
+    wait(shared_ + Layout::kVFull + before_.v_stage * 8, before_.v_parity);
+  }
+
+  // out (+)= P v of the step before
+  __device__ void values() {
+    const uint32_t v = shared_ + Layout::v(before_.v_stage);
+    fence_wgmma();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      mma<T>(out_, p_[i], descriptor(v + i * 16 * 128, kKeys * 128), before_.accumulate || i > 0);
+    }
+    commit_wgmma();
+  }
+
+  // The warp's 16 rows of the segment of the step before, by way of their place in the tile of q,
+  // which is free then.
+  __device__ void store(const float (&max)[2], const float (&sum)[2]) {
+    const Step& step = before_;
+    const int lane = thread_ % 32, begin = index_ * 64 + thread_ / 32 * 16;
+    const int rows = step.rows - begin, first = step.row + begin;
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + half * 8;
+      if (lane % 4 == 0 && row < rows) {
+        params_.part_lse[first + row] =
+            (max[half] * params_.scale_log2 + log2_fast(sum[half])) * kLn2;
+      }
+      scale[half] = reciprocal_fast(sum[half]);
+    }
+    const uint32_t tile = shared_ + Layout::q(step.q_stage) + begin * 128;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const float* const x = out_ + i * 8;
+      store_matrices(
+          tile + vector_at(kRows, lane % 16, i * 2 + lane / 16),
+          pack<T>(x[0] * scale[0], x[1] * scale[0]), pack<T>(x[2] * scale[1], x[3] * scale[1]),
+          pack<T>(x[4] * scale[0], x[5] * scale[0]), pack<T>(x[6] * scale[1], x[7] * scale[1]));
+    }
+    __syncwarp();
+    constexpr int kVectors = Layout::kVectors, kAtOnce = 32 / kVectors;
+    const int vector = lane % kVectors;
+    uint4* const to =
+        static_cast<uint4*>(params_.part_out) + static_cast<int64_t>(first) * kVectors + vector;
+#pragma unroll
+    for (int i = 0; i < 16; i += kAtOnce) {
+      const int row = lane / kVectors + i;
+      store_global(to + row * kVectors, load_shared(tile + vector_at(kRows, row, vector)),
+                   row < rows);
+    }
+    release(Layout::kQEmpty + step.q_stage * 8);
+  }
+
+  // The warp has done with a stage.
+  __device__ void release(int barrier) {
+    __syncwarp();
+    if (thread_ % 32 == 0) arrive(shared_ + barrier);
+  }
+
+  const AttendForwardParams& params_;
+  uint32_t shared_;
+  Ring<kQStages> q_;
+  Ring<kKeyStages> k_, v_;
+  int index_, thread_;
+  Step before_;
+  float s_[kKeys / 2], out_[kDim / 2];
+  uint32_t p_[kKeys / 16][4];
+  float max_[2] = {}, sum_[2] = {};
+};
+
+template <typename T, int kDim, bool kOwn, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_forward_tiles_kernel(const __grid_constant__ MappedParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Layout = Shared<kDim>;
+  extern __shared__ char unaligned[];
+  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kQStages; ++i) {
+      init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32);
+      init_barrier(shared + Layout::kQEmpty + i * 8, kConsumers * 4);
+    }
+    for (int i = 0; i < kKeyStages; ++i) {
+      init_barrier(shared + Layout::kKFull + i * 8, 32);
+      init_barrier(shared + Layout::kKEmpty + i * 8, kConsumers * 4);
+      init_barrier(shared + Layout::kVFull + i * 8, 32);
+      init_barrier(shared + Layout::kVEmpty + i * 8, kConsumers * 4);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int key_tiles = static_cast<int>((params.problem.block_size + kKeys - 1) / kKeys);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    release_registers<kLoaderRegisters>();
+    if (warp < kConsumers) {
+      RowLoader<kDim, kOwn>(params, shared, warp).run(key_tiles);
+    } else if (warp == kConsumers) {
+      KeyLoader<kDim, kOwn>(params, shared).run(key_tiles);
+    }
+  } else {
+    claim_registers<kConsumerRegisters>();
+    Consumer<T, kDim, kOwn, kWhole>(params, shared, warp / 4 - 1).run();
+  }
+#else
+  __trap();  // launch() has let it pass, and there is no code for this chip
+#endif
+}
+
+template <typename T, int kDim, bool kOwn, bool kWhole>
+cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
+  return launch_persistent(attend_forward_tiles_kernel<T, kDim, kOwn, kWhole>, kThreads,
+                           Shared<kDim>::kBytes, params, stream);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream) {
+  MappedParams params;
+  const cudaError_t error = map_keys(of_call, params);
+  if (error != cudaSuccess) return error;
+  if (params.own_blocks > 0) return launch<T, kDim, true, true>(params, stream);
+  return params.problem.block_size % kKeys == 0 ? launch<T, kDim, false, true>(params, stream)
+                                                : launch<T, kDim, false, false>(params, stream);
+}
+
+template <typename T>
+cudaError_t launch_dim(const AttendForwardParams& params, cudaStream_t stream) {
+  return params.problem.head_dim == 64 ? launch_kind<T, 64>(params, stream)
+                                       : launch_kind<T, 128>(params, stream);
+}
+
+}  // namespace
+
+cudaError_t attend_forward_tiles(const AttendForwardParams& params, cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16 ? launch_dim<__half>(params, stream)
+                                                 : launch_dim<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace moba::cuda::sm90
