@@ -7,6 +7,7 @@ import pytest
 
 import attention
 import cpu
+import crossover
 import layer
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ def test_example_of_the_functions_runs():
     assert names["mask"].shape == (4096, 8, 7)  # the longer sequence has 3,096 keys
 
 
-@pytest.mark.parametrize("benchmark", [cpu, attention, layer])
+@pytest.mark.parametrize("benchmark", [cpu, attention, crossover, layer])
 def test_tables_are_generated_from_the_committed_results(benchmark):
     script = Path(benchmark.__file__).name
     section = README.split(f"<!-- benchmarks/{script} begin -->\n")[1]
