@@ -56,7 +56,10 @@ grep -q "Invalid __global__ read" "$logs/planted" || { cat "$logs/planted"; exit
 for tool; do
   selected=$(tests "$tool")
   echo "== $tool"
-  stages=(block_mean gate_topk route gather merge sm90_stages)
+  stages=(block_mean gate_topk route gather merge)
+  # racecheck takes a warp whose first lane arrives at an mbarrier for all of them for a race: see
+  # csrc/cuda/sm90/NOTES.md.
+  [[ $tool == racecheck ]] || stages+=(sm90_stages)
   [[ $tool != memcheck ]] || stages+=(flash sm90)  # their kernels are those of the others
   pids=()
   for stage in "${stages[@]}"; do  # side by side: the tools are slow on the host
