@@ -28,6 +28,7 @@ CASES = [
     Case([9, 30], [0, 0], 2, 1, 8, 8, 2),
 ]
 SM90_CASES = [case._replace(head_dim=64) for case in CASES]
+DRAWS = 3  # of the inputs: the largest error of a single one differs from processor to processor
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +50,8 @@ def head_major(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def check(
-    case: Case, with_dlse: bool, layout=lambda x: x, sm90: bool = False, scale: float = 0.3
-) -> None:
+def draw(case: Case, with_dlse: bool, layout, sm90: bool, scale: float) -> tuple:
+    """out, lse, dq, dk, dv of fresh inputs: of the backend, in float64, and of plain PyTorch."""
     inputs = [layout(x) for x in case.tensors(torch.float32)]
     sizes = (case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk)
     cu_seqlens = case.cu_seqlens()
@@ -73,9 +73,17 @@ def check(
     inputs = [x.double().requires_grad_() for x in inputs]
     exact = run_masked(case, *inputs, ids, scale)
     exact += gradients(*exact, inputs, dout, dlse)
-    for name, x, y, z in zip(("out", "lse", "dq", "dk", "dv"), got, exact, plain):
+    return got, [x.detach() for x in exact], plain
+
+
+def check(
+    case: Case, with_dlse: bool, layout=lambda x: x, sm90: bool = False, scale: float = 0.3
+) -> None:
+    draws = [draw(case, with_dlse, layout, sm90, scale) for _ in range(DRAWS)]
+    for i, name in enumerate(("out", "lse", "dq", "dk", "dv")):
+        got, exact, plain = ([x[j][i] for x in draws] for j in range(3))
         # Rounded twice in float32: a part, then their sum.
-        assert_within_budget(x, y.detach(), z, name, least_size=1.0)
+        assert_within_budget(got, exact, plain, name, least_size=1.0)
 
 
 @pytest.mark.parametrize("with_dlse", [False, True])
