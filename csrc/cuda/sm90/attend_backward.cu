@@ -3,21 +3,22 @@
 //   dout
 // with lse and delta of the whole row, not of the part. A segment's dk and dv are summed on chip.
 //
-// Grid: persistent thread blocks, each with a run of segments that costs as much as any other. For
-// every segment its block's keys pass by, kKeys at a time, and past each of these tiles the
-// segment's rows, kRows at a time. Three warp groups: two have 64 of the keys each; of the third,
-// two warps gather rows of q and dout straight from the tensors, and one copies k and v. Their S, P
-// and dS are transposed, keys by rows, so that P and dS are operands from registers in the products
-// for dv and dk. For dq they exchange dS through shared memory, and each has half of the columns.
+// Grid: persistent thread blocks. A segment's block's keys pass by, kKeys at a time, and past each of
+// these tiles the segment's rows, kRows at a time. Three warp groups: two have 64 of the keys each;
+// of the third, two warps gather rows of q and dout straight from the tensors, one hands out work
+// and copies k and v, and one adds up dq. S, P and dS are transposed, keys by rows, so that P and dS
+// are operands from registers in the products for dv and dk. For dq the two groups exchange dS
+// through shared memory, and each has half of the columns.
 //
 // Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
 // its keys up to each query's.
 //
-// Where a block is one tile of keys, dq is complete and leaves as T. Where it is more, every tile
-// has a thread block of its own, and they go through the segment side by side, so that rows come
-// from L2 but for the first. They add to dq in float32, in the order of the tiles: each waits for
-// its turn at every row tile, soon a step behind the one before. Thread blocks take numbers when
-// they start, and none waits for a higher one unless there are more tiles than multiprocessors.
+// Where a block is one tile of keys, a thread block has a run of segments that costs as much as any
+// other, and dq is complete and leaves as T. Where it is more, every tile is work of its own, given
+// out as thread blocks become free, so that those of a segment go through it side by side and rows
+// come from L2 but for the first. They add to dq in float32, in the order of the tiles, the last
+// one first: an own block's rows see the first tile last, and so need not wait at their first step.
+// Each waits for its turn at every row tile, soon a step behind the one before.
 
 #include "cuda/sm90/backward_load.cuh"
 
@@ -36,25 +37,22 @@ class Consumer {
   __device__ Consumer(const AttendBackwardParams& params, uint32_t shared, int index)
       : params_(params),
         shared_(shared),
+        work_(shared),
         rows_(shared + Layout::kRowsFull, shared + Layout::kRowsEmpty),
+        dq_place_(shared + Layout::kDqFull, shared + Layout::kDqEmpty),
         index_(index) {}
 
-  __device__ void run(int number, int key_tiles) {
-    const Share<kOwn, kOneTile> share(params_, number, key_tiles);
+  __device__ void run() {
     uint32_t parity = 0;
-    for (int i = share.first; i < share.last; i += share.step()) {
-      const Item item(params_, i, kOwn);
-      for (int tile = share.tile; tile < key_tiles; tile += share.tile_step) {
-        const int begin = first_row(params_, item, tile, kOwn);
-        if (kOwn && begin >= item.rows) continue;
-        wait(shared_ + Layout::kKFull, parity);
-        wait(shared_ + Layout::kVFull, parity);
-        for (int first = begin; first < item.rows; first += kRows) {
-          step(item, i, first, tile, first > begin);
-        }
-        finish(item, i, tile);
-        parity ^= 1;
+    for (Work work = work_.take(); work.rows > 0; work = work_.take()) {
+      work_.release();
+      wait(shared_ + Layout::kKFull, parity);
+      wait(shared_ + Layout::kVFull, parity);
+      for (int first = work.begin; first < work.rows; first += kRows) {
+        step(work, first, first > work.begin);
       }
+      finish(work);
+      parity ^= 1;
     }
   }
 
@@ -64,30 +62,29 @@ class Consumer {
   // Of the thread in the tile; it also has the one 8 further on.
   __device__ int key() const { return index_ * 64 + thread() / 32 * 16 + lane() / 4; }
 
-  __device__ void step(const Item& item, int number, int first, int tile, bool more) {
-    const int stage = rows_.stage;
+  __device__ void step(const Work& work, int first, bool more) {
+    const int stage = rows_.stage();
     const int q = Layout::kQ + stage * Layout::kRowBytes;
     const int dout = Layout::kDout + stage * Layout::kRowBytes;
-    wait(rows_.full_barrier(), rows_.parity);
+    wait(rows_.full_barrier(), rows_.parity());
     float2 lse[kRows / 8];
     load_stats(stage, lse);
     product(s_, Layout::kK, q, false);     // S^T = k q^T
     product(dp_, Layout::kV, dout, true);  // dP^T - delta = v dout^T - delta
-    if (!kOneTile && more) pass_turn(turn(item, number, first - kRows), tile);
     wait_wgmma<1>();
     hold(s_);
-    weights(lse, item, first, tile);
+    weights(lse, work, first);
     sum_rows(dv_, p_, dout, more);  // dv (+)= P^T dout
     wait_wgmma<1>();
     hold(dp_);
-    if (first + kRows >= item.rows) release(shared_ + Layout::kVEmpty);
+    if (first + kRows >= work.rows) release(shared_ + Layout::kVEmpty);
     score_gradients();
     sync<kConsumers * kGroupThreads>(3);  // dS of both is there
     queries();
     sum_rows(dk_, ds_, q, more);  // dk (+)= dS^T q
     wait_wgmma<1>();
     hold(dq_);
-    store_dq(item, number, first, tile);
+    store_dq(work, first);
     wait_wgmma<0>();
     hold(dk_);
     hold(dv_);
@@ -147,11 +144,11 @@ class Consumer {
   }
 
   // S -> P in its place; 0 for keys beyond the block, and for those after an own block's query.
-  __device__ void weights(const float2 (&lse)[kRows / 8], const Item& item, int first, int tile) {
-    const int left = item.keys - tile * kKeys - key();
+  __device__ void weights(const float2 (&lse)[kRows / 8], const Work& work, int first) {
+    const int left = work.keys - work.tile * kKeys - key();
     // Row from which on the thread's first key is seen, from the thread's first row.
     const int group = static_cast<int>(params_.group);
-    const int seen = (tile * kKeys + key() - item.offset) * group - first - lane() % 4 * 2;
+    const int seen = (work.tile * kKeys + key() - work.offset) * group - first - lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kRows / 2; ++i) {
       const int half = i / 2 % 2, row = i / 4 * 8 + i % 2;
@@ -195,75 +192,48 @@ class Consumer {
     if (lane() == 0) arrive(barrier);
   }
 
-  __device__ void store_dq(const Item& item, int number, int first, int tile) {
-    const int rows = item.rows - first;
+  __device__ void store_dq(const Work& work, int first) {
     if constexpr (kOneTile) {
-      auto* const to = static_cast<uint16_t*>(params_.part_dq) + int64_t{item.row + first} * kDim +
+      auto* const to = static_cast<uint16_t*>(params_.part_dq) + int64_t{work.row + first} * kDim +
                        index_ * kColumns;
-      store<0, kColumns>(dq_, params_.scale, to, kDim, rows);
+      store<0, kColumns>(dq_, params_.scale, to, kDim, work.rows - first);
     } else {
-      add_dq(item.row + first, rows, turn(item, number, first), tile);
+      pass_on_dq(work.row + first);
     }
   }
 
-  // How many tiles of keys have added to the consumer's columns of dq in a row tile. Its place: the
-  // row tiles before, of which every segment may have one that is not full.
-  __device__ int32_t* turn(const Item& item, int number, int first) const {
-    return params_.turns + index_ * params_.row_tiles + number + (item.row + first) / kRows;
-  }
-
-  __device__ void pass_turn(int32_t* turn, int tile) {
-    if (thread() == 0) {
-      wait_bulk();
-      store_release(turn, tile + 1);
-    }
-  }
-
-  // The consumer's columns of rows in float32, side by side, the vectors of 8 columns of a row
-  // swapped by the row's number: see AttendBackwardParams. The turn before has been passed on.
-  __device__ void add_dq(int row, int rows, const int32_t* turn, int tile) {
+  // The consumer's columns of the rows from `row` on in float32, side by side, the vectors of 8
+  // columns of a row swapped by the row's number: see AttendBackwardParams.
+  __device__ void pass_on_dq(int row) {
     constexpr int kVectors = kColumns / 8, kRowBytes = kColumns * 4;
     const uint32_t staging = shared_ + Layout::kStaging + index_ * Layout::kStagingBytes;
     const int lane = fresh_thread_index() % 32;
     const uint32_t line = staging + (thread() / 32 * 16 + lane / 4) * kRowBytes +
                           (row + lane / 4) % kVectors * 32 + lane % 4 * 8;
-    sync_warp_group(1 + index_);
+    wait(dq_place_.empty_barrier(), dq_place_.parity() ^ 1);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; i += 2) {
       store_shared((line ^ i / 4 * 32) + i / 2 % 2 * 8 * kRowBytes,
                    float2{dq_[i] * params_.scale, dq_[i + 1] * params_.scale});
     }
     fence_async_proxy();
-    sync_warp_group(1 + index_);
-    if (thread() == 0) {
-      float* const to =
-          static_cast<float*>(params_.part_dq) + (index_ * params_.all_rows + row) * kColumns;
-      const int bytes = min(rows, kRows) * kRowBytes;
-      if (tile == 0) {
-        copy_bulk(to, staging, bytes);
-      } else {
-        while (load_acquire(turn) < tile) {
-        }
-        fence_async_proxy_global();
-        add_bulk(to, staging, bytes);
-      }
-      commit_bulk();
-    }
+    release(dq_place_.full_barrier());
+    dq_place_.advance();
   }
 
-  __device__ void finish(const Item& item, int number, int tile) {
+  __device__ void finish(const Work& work) {
     release(shared_ + Layout::kKEmpty);
-    if (!kOneTile) pass_turn(turn(item, number, (item.rows - 1) / kRows * kRows), tile);
-    const int first = tile * kKeys + index_ * 64;
-    int64_t at = number * params_.problem.block_size * kDim, step = kDim;
+    if (!kOneTile) wait(dq_place_.empty_barrier(), dq_place_.parity() ^ 1);  // keys go the same way
+    const int first = work.tile * kKeys + index_ * 64;
+    int64_t at = work.number * params_.problem.block_size * kDim, step = kDim;
     if constexpr (kOwn) {  // [Tk, heads, D]
       step = int64_t{params_.heads} * kDim;
-      at = item.key * step + item.head * kDim;
+      at = work.key * step + work.head * kDim;
     }
     at += first * step;
-    store_keys(dv_, 1.0f, static_cast<uint16_t*>(params_.part_dv) + at, step, item.keys - first);
+    store_keys(dv_, 1.0f, static_cast<uint16_t*>(params_.part_dv) + at, step, work.keys - first);
     store_keys(dk_, params_.scale, static_cast<uint16_t*>(params_.part_dk) + at, step,
-               item.keys - first);
+               work.keys - first);
   }
 
   __device__ void store_keys(const float (&from)[kDim / 2], float factor, uint16_t* to,
@@ -298,7 +268,9 @@ class Consumer {
 
   const AttendBackwardParams& params_;
   uint32_t shared_;
+  Handout<Layout> work_;
   Ring<kStages> rows_;
+  Ring<1> dq_place_;  // in shared memory
   int index_;
   int buffer_ = 0;  // of dS
   float s_[kRows / 2], dp_[kRows / 2], dq_[kColumns / 2], dk_[kDim / 2], dv_[kDim / 2];
@@ -320,29 +292,34 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int barrier : {Layout::kKFull, Layout::kVFull}) {
       init_barrier(shared + barrier, 32);
     }
-    for (int barrier : {Layout::kKEmpty, Layout::kVEmpty}) {
+    for (int barrier : {Layout::kKEmpty, Layout::kVEmpty, Layout::kDqFull}) {
       init_barrier(shared + barrier, kConsumerWarps);
     }
+    init_barrier(shared + Layout::kDqEmpty, 1);
+    for (int i = 0; i < Layout::kWorkStages; ++i) {
+      const uint32_t work = shared + Layout::kWork + i * kWorkBytes;
+      init_barrier(work + Handout<Layout>::kFull, 1);
+      init_barrier(work + Handout<Layout>::kEmpty, kRowWarps + !kOneTile + kConsumerWarps);
+    }
     fence_barrier_init();
-    if (!kOneTile)
-      store_shared(shared + Layout::kNumber, atomicAdd(params.turns + 2 * params.row_tiles, 1));
   }
   if (kOneTile) clear_short_tiles(shared, Layout::kQ, params.problem, kKeys);
   __syncthreads();
   const int key_tiles =
       kOneTile ? 1 : static_cast<int>((params.problem.block_size + kKeys - 1) / kKeys);
-  const int number = kOneTile ? blockIdx.x : load_shared_int(shared + Layout::kNumber);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < 4) {
     release_registers<kLoaderRegisters>();
     if (warp < kRowWarps) {
-      RowLoader<kDim, kOwn, kOneTile>(params, shared).run(number, key_tiles);
+      RowLoader<kDim, kOwn, kOneTile>(params, shared).run();
     } else if (warp == kRowWarps) {
-      KeyLoader<kDim, kOwn, kOneTile>(params, shared).run(number, key_tiles);
+      KeyLoader<kDim, kOwn, kOneTile>(params, shared).run(key_tiles);
+    } else if (!kOneTile) {
+      DqAdder<kDim, kOwn>(params, shared).run(key_tiles);
     }
   } else {
     claim_registers<kConsumerRegisters>();
-    Consumer<T, kDim, kOwn, kOneTile, kWhole>(params, shared, warp / 4 - 1).run(number, key_tiles);
+    Consumer<T, kDim, kOwn, kOneTile, kWhole>(params, shared, warp / 4 - 1).run();
   }
 #else
   __trap();  // launch() has let it pass, and there is no code for this chip
@@ -355,7 +332,7 @@ cudaError_t launch(const AttendBackwardParams& of_call, cudaStream_t stream) {
   cudaError_t error = map_keys(of_call, params);
   if (error != cudaSuccess) return error;
   if (!kOneTile) {
-    const size_t turns = 2 * params.row_tiles + 1;
+    const size_t turns = params.row_tiles + 1;
     error = cudaMemsetAsync(params.turns, 0, turns * sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;
   }

@@ -218,10 +218,10 @@ class KeyLoader {
     while (run.next(item)) {
       if (item.list == list) continue;
       list = item.list;
-      wait(keys_.empty_barrier(), keys_.parity ^ 1);
-      const uint32_t to = shared_ + keys_.stage * 2 * Layout::kKeyBytes;
+      wait(keys_.empty_barrier(), keys_.parity() ^ 1);
+      const uint32_t to = shared_ + keys_.stage() * 2 * Layout::kKeyBytes;
       if (lane_ == 0) {
-        store_shared(shared_ + Layout::kKeysOf + keys_.stage * sizeof(Keys), item.keys,
+        store_shared(shared_ + Layout::kKeysOf + keys_.stage() * sizeof(Keys), item.keys,
                      item.offset);
       }
       const int head = params_.head_begin + item.head;
@@ -317,7 +317,7 @@ class Consumer {
       left[half] = keys_.keys - lane_ % 4 * 2;
       if constexpr (kOwn) {
         const int row = warp_ * 16 + lane_ / 4 + half * 8;
-        const int of_query = (tile.begin + row) / static_cast<int>(params_.group);
+        const int of_query = static_cast<uint32_t>(tile.begin + row) / params_.group;
         left[half] = keys_.offset + of_query + 1 - lane_ % 4 * 2;
       }
     }

@@ -62,28 +62,37 @@ struct Shared {
   static __device__ uint32_t v(int stage) { return k(stage) + kKeyBytes; }
 };
 
-// The items of a thread block: every so many.
+// The items of a thread block: every so many, numbered as they would come one after the other.
 template <bool kOwn>
 struct Share {
-  int last;
+  int items, last;
   int parts;  // of an own block
 
   __device__ explicit Share(const AttendForwardParams& params) {
     const int64_t own_rows = params.problem.block_size * params.group;
     parts = static_cast<int>((own_rows + kRows - 1) / kRows);
-    const int64_t items = kOwn ? int64_t{params.own_blocks} * params.heads * parts
-                               : params.segment_offsets[params.lists];
-    last = static_cast<int>(items);
+    items = kOwn ? params.own_blocks * static_cast<int>(params.heads) * parts
+                 : params.segment_offsets[params.lists];
+    last = kOwn ? (items + gridDim.x - 1) / gridDim.x * gridDim.x : items;
   }
 
   __device__ Item item(const RoutedRows& routed, int i) const {
-    return {routed, i, kOwn, parts, kRows};
+    return {routed, place(i), kOwn, parts, kRows};
   }
 
   // The first one from i on that has rows, or one beyond the last.
   __device__ int from(const RoutedRows& routed, int i) const {
-    while (kOwn && i < last && item(routed, i).rows <= 0) i += gridDim.x;
+    while (kOwn && i < last && (place(i) >= items || item(routed, i).rows <= 0)) i += gridDim.x;
     return i;
+  }
+
+ private:
+  // Later parts of an own block see more keys. Every other round goes backwards, so that no thread
+  // block has late parts only.
+  __device__ int place(int i) const {
+    if (!kOwn) return i;
+    const int round = i / gridDim.x, size = gridDim.x;
+    return round % 2 == 0 ? i : (2 * round + 1) * size - 1 - i;
   }
 };
 
@@ -91,7 +100,7 @@ struct Share {
 template <bool kOwn>
 __device__ int tiles_of(const RoutedRows& routed, const Item& item, int key_tiles) {
   if (!kOwn) return key_tiles;
-  const int last = (item.begin + item.rows - 1) / static_cast<int>(routed.group);
+  const int last = static_cast<uint32_t>(item.begin + item.rows - 1) / routed.group;
   return (item.offset + last) / kKeys + 1;
 }
 
@@ -118,7 +127,7 @@ class RowLoader {
       const Item item = share.item(params_, i);
       load(item, tiles_of<kOwn>(params_, item, key_tiles));
     }
-    wait(q_.empty_barrier(), q_.parity ^ 1);
+    wait(q_.empty_barrier(), q_.parity() ^ 1);
     describe({});
     arrive(q_.full_barrier());
   }
@@ -134,10 +143,10 @@ class RowLoader {
                : RowPlace::of_entry(params_, item.head, params_.entries[item.row + row]);
       of_row[i] = params_.q.at(place.query, place.head);
     }
-    wait(q_.empty_barrier(), q_.parity ^ 1);
-    const int seen = item.offset + item.begin / static_cast<int>(params_.group) + 1;
+    wait(q_.empty_barrier(), q_.parity() ^ 1);
+    const int seen = item.offset + static_cast<int>(static_cast<uint32_t>(item.begin) / params_.group) + 1;
     describe({item.row, item.rows, item.keys, tiles, item.begin, item.offset, seen});
-    const uint32_t to = shared_ + Layout::q(q_.stage);
+    const uint32_t to = shared_ + Layout::q(q_.stage());
     const int vector = lane_ % kVectors, first = lane_ / kVectors;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
@@ -157,7 +166,7 @@ class RowLoader {
 
   __device__ void describe(const Segment& segment) const {
     if (consumer_ != 0 || lane_ != 0) return;
-    const uint32_t to = shared_ + Layout::kSegments + q_.stage * sizeof(Segment);
+    const uint32_t to = shared_ + Layout::kSegments + q_.stage() * sizeof(Segment);
     store_shared(to, segment.row, segment.rows, segment.keys, segment.tiles);
     store_shared(to + 16, segment.begin, segment.offset, segment.seen, 0);
   }
@@ -187,8 +196,8 @@ class KeyLoader {
       const Item item = share.item(params_, i);
       const int tiles = tiles_of<kOwn>(params_, item, key_tiles);
       for (int tile = 0; tile < tiles; ++tile) {
-        load(params_.k, params_.k_map, item, k_, Layout::k(k_.stage), tile);
-        load(params_.v, params_.v_map, item, v_, Layout::v(v_.stage), tile);
+        load(params_.k, params_.k_map, item, k_, Layout::k(k_.stage()), tile);
+        load(params_.v, params_.v_map, item, v_, Layout::v(v_.stage()), tile);
       }
     }
   }
@@ -197,7 +206,7 @@ class KeyLoader {
   __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Item& item,
                        Ring<kKeyStages>& ring, uint32_t to, int tile) {
     const int head = params_.head_begin + item.head, token = item.key + tile * kKeys;
-    wait(ring.empty_barrier(), ring.parity ^ 1);
+    wait(ring.empty_barrier(), ring.parity() ^ 1);
     copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, item.keys - tile * kKeys, kKeys,
                            ring.full_barrier());
     ring.advance();
@@ -251,8 +260,8 @@ class Consumer {
 
  private:
   __device__ Segment next_item() {
-    wait(q_.full_barrier(), q_.parity);
-    const uint32_t from = shared_ + Layout::kSegments + q_.stage * sizeof(Segment);
+    wait(q_.full_barrier(), q_.parity());
+    const uint32_t from = shared_ + Layout::kSegments + q_.stage() * sizeof(Segment);
     const uint4 word = load_shared(from);
     Segment item{static_cast<int>(word.x), static_cast<int>(word.y), static_cast<int>(word.z),
                  static_cast<int>(word.w)};
@@ -283,11 +292,11 @@ class Consumer {
   template <bool kFirst, bool kMasked>
   __device__ void step(const Segment& item, int tile) {
     if (!kFirst) {
-      release(Layout::kKEmpty + k_.stage * 8);
+      release(Layout::kKEmpty + k_.stage() * 8);
       k_.advance();
       v_.advance();
     }
-    wait(k_.full_barrier(), k_.parity);
+    wait(k_.full_barrier(), k_.parity());
     if (!kFirst) wait_values();
     scores();
     if (kFirst) {
@@ -312,13 +321,13 @@ class Consumer {
     }
     if (tile > 0) rescale(factor);
     pack_weights();
-    before_ = {tile > 0, v_.stage, v_.parity, q_.stage, item.row, item.rows};
+    before_ = {tile > 0, v_.stage(), v_.parity(), q_.stage(), item.row, item.rows};
   }
 
   // S = q k^T
   __device__ void scores() {
-    const uint32_t q = shared_ + Layout::q(q_.stage) + index_ * 64 * 128;
-    const uint32_t k = shared_ + Layout::k(k_.stage);
+    const uint32_t q = shared_ + Layout::q(q_.stage()) + index_ * 64 * 128;
+    const uint32_t k = shared_ + Layout::k(k_.stage());
     fence_wgmma();
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
@@ -375,7 +384,7 @@ class Consumer {
       left[half] = item.keys - tile * kKeys - thread_ % 4 * 2;
       if constexpr (kOwn) {
         const int row = index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4 + half * 8;
-        const int of_query = (item.begin + row) / static_cast<int>(params_.group);
+        const int of_query = static_cast<uint32_t>(item.begin + row) / params_.group;
         left[half] = item.offset + of_query + 1 - tile * kKeys - thread_ % 4 * 2;
       }
     }

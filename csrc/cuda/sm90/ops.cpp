@@ -63,11 +63,11 @@ void set_tensors(RoutedRows& params, const Tensor& q, const Tensor& k, const Ten
   params.q = vectors_of(q, "q");
   params.k = vectors_of(k, "k");
   params.v = vectors_of(v, "v");
-  params.heads = static_cast<uint32_t>(group.heads());
+  params.heads = Divisor(static_cast<uint32_t>(group.heads()));
   params.head_begin = static_cast<uint32_t>(group.head_begin);
   params.queries = static_cast<uint32_t>(group.queries());
   params.query_begin = static_cast<uint32_t>(group.query_begin);
-  params.group = static_cast<uint32_t>(problem.group());
+  params.group = Divisor(static_cast<uint32_t>(problem.group()));
   params.scale_log2 = static_cast<float>(softmax_scale * kLog2e);
 }
 
@@ -98,7 +98,7 @@ void set_routed(RoutedRows& params, const Tensor& q, const Tensor& k, const Tens
   params.segment_lists = data_of<int32_t>(segment_lists);
   params.cu_rows = data_of<int32_t>(cu_rows);
   params.lists = static_cast<int32_t>(lists);
-  params.slots = static_cast<uint32_t>(problem.slots);
+  params.slots = Divisor(static_cast<uint32_t>(problem.slots));
 }
 
 // Segments of at most kSegmentRows rows -> part_out [R * K, 1, D], part_lse float32 [R * K]; rows
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor> set_gradients(AttendBackwardParams& params, const Ten
   params.all_rows = rows;
   params.row_tiles = rows / 64 + segments + 1;
   Tensor turns =
-      torch::stable::new_empty(q, {halves ? 2 * params.row_tiles + 1 : 0}, ScalarType::Int);
+      torch::stable::new_empty(q, {halves ? params.row_tiles + 1 : 0}, ScalarType::Int);
   params.turns = mutable_data_of<int32_t>(turns);
   return {part_dq, turns};
 }

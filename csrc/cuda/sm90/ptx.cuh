@@ -166,7 +166,11 @@ inline __device__ void add_bulk(float* to, uint32_t from_shared, int bytes) {
       : "memory");
 }
 inline __device__ void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Those of this thread are done, and it sees what they have written.
+// Those of this thread have read shared memory.
+inline __device__ void wait_bulk_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// And are done, and it sees what they have written.
 inline __device__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Messages between thread blocks: what the writer saw, the reader sees.

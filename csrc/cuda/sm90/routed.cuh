@@ -24,22 +24,18 @@ inline __device__ int vector_at(int rows, int row, int vector) {
   return vector / 8 * rows * 128 + row * 128 + (vector % 8 ^ row % 8) * 16;
 }
 
-// Where one side of a ring is.
+// Where one side of a ring is, in one register.
 template <int kStages>
 struct Ring {
   uint32_t full, empty;  // mbarriers of stage 0; those of the next are 8 bytes on
-  int stage = 0;
-  uint32_t parity = 0;
+  uint32_t place = 0;    // of two rounds: the parity is that of the round
 
   __device__ Ring(uint32_t full, uint32_t empty) : full(full), empty(empty) {}
-  __device__ uint32_t full_barrier() const { return full + stage * 8; }
-  __device__ uint32_t empty_barrier() const { return empty + stage * 8; }
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  __device__ uint32_t parity() const { return place >= kStages; }
+  __device__ int stage() const { return place - parity() * kStages; }
+  __device__ uint32_t full_barrier() const { return full + stage() * 8; }
+  __device__ uint32_t empty_barrier() const { return empty + stage() * 8; }
+  __device__ void advance() { place = place + 1 == 2 * kStages ? 0 : place + 1; }
 };
 
 // Rows against the keys of a block: a segment of a list, or a block's own queries.
@@ -63,7 +59,7 @@ struct Item {
       query = routed.own_cu_q[block];
       key = routed.own_cu_k[block];
       const int queries = routed.own_cu_q[block + 1] - query;
-      const int group = static_cast<int>(routed.group);
+      const int group = static_cast<int>(uint32_t{routed.group});
       keys = routed.own_cu_k[block + 1] - static_cast<int>(key);
       begin = (i - list * parts) * part_rows;
       rows = keys > 0 ? queries * group - begin : 0;
@@ -74,7 +70,7 @@ struct Item {
       list = routed.segment_lists[i];
       row = routed.cu_rows[i];
       rows = routed.cu_rows[i + 1] - row;
-      const auto block = static_cast<int>(list / routed.heads);
+      const auto block = static_cast<int>(static_cast<uint32_t>(list) / routed.heads);
       head = list - block * routed.heads;
       const int sequence = find_part(problem.cu_blocks, static_cast<int>(problem.batch), block);
       const auto of_sequence = static_cast<uint32_t>(block - problem.cu_blocks[sequence]);
@@ -111,9 +107,9 @@ class Copies {
   // Waits for a stage to be free. What is on its way must not wait for that.
   template <int kStages>
   __device__ void acquire(const Ring<kStages>& ring) {
-    if (!try_wait(ring.empty_barrier(), ring.parity ^ 1)) {
+    if (!try_wait(ring.empty_barrier(), ring.parity() ^ 1)) {
       deliver<0>();
-      wait(ring.empty_barrier(), ring.parity ^ 1);
+      wait(ring.empty_barrier(), ring.parity() ^ 1);
     }
   }
 

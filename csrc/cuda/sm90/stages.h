@@ -20,6 +20,27 @@ struct RowVectors {
   }
 };
 
+// A number below 2^31 to divide such numbers by, as a product and a shift: the compiler's way holds
+// registers that the loading warps don't have (Granlund and Montgomery 1994).
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(uint32_t value) : value_(value) {
+    while (uint64_t{1} << shift_ < value) ++shift_;
+    if (value > 0) {
+      factor_ = static_cast<uint32_t>(((uint64_t{1} << (31 + shift_)) + value - 1) / value);
+    }
+  }
+
+  __host__ __device__ operator uint32_t() const { return value_; }
+  friend __device__ uint32_t operator/(uint32_t x, Divisor by) {
+    return static_cast<uint32_t>(uint64_t{2 * x} * by.factor_ >> 32) >> by.shift_;
+  }
+
+ private:
+  uint32_t value_ = 0, factor_ = 0, shift_ = 0;
+};
+
 // The routed rows of a group and the keys of the blocks that they chose.
 struct RoutedRows {
   Problem problem;                 // head_dim 64 or 128; bfloat16 or float16
@@ -30,9 +51,10 @@ struct RoutedRows {
   const int32_t* segment_lists;    // [max_segments]
   const int32_t* cu_rows;          // [max_segments + 1]
   int32_t lists;
-  uint32_t heads, head_begin;  // KV heads of the group
+  Divisor heads;  // KV heads of the group
+  uint32_t head_begin;
   uint32_t queries, query_begin;
-  uint32_t slots, group;
+  Divisor slots, group;
   float scale_log2;  // of a score, for a softmax in powers of 2; not negative
 
   // Own blocks instead, if there are any, with the bounds of own_blocks: every query against the
@@ -69,7 +91,7 @@ struct AttendBackwardParams : RoutedRows {
   // columns 8 * (j ^ i % (D / 16)) to + 7 of row i of a half stand at 8 * j.
   void* part_dq;
   int64_t all_rows;   // R * K, or heads * Tq * G
-  int32_t* turns;     // [2 * row_tiles + 1], scratch, for blocks of more keys than a tile
+  int32_t* turns;     // [row_tiles + 1], scratch, for blocks of more keys than a tile
   int64_t row_tiles;  // all_rows / 64, rounded down, + segments or own blocks of all heads + 1
 
   // The keys of a segment's block, from its rows alone: [segments * block_size, D]; of own blocks
