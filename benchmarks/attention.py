@@ -9,14 +9,14 @@ Every run draws fresh inputs. Times lie between CUDA events, with no wait in bet
 rows they include what launching costs. Forward runs in grad mode, saving what the backward needs.
 Memory is the peak beyond what was there before the call and the tensors it returns (out; dq, dk,
 dv): what the forward saves for the backward beside out counts. Stages: one more forward and
-backward under torch.profiler; a kernel belongs to the moba::* range of moba_ext/flash.py, in the
-same thread, in which it was launched.
+backward under torch.profiler, whose kernels tell by their names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -40,6 +40,15 @@ DENSE_MOST = 524_288
 NOT_ASKED = "not asked for"
 STAGES = ("block_mean", "gate_topk", "route", "attend", "merge", "other")
 PHASES = {"forward": STAGES, "backward": STAGES[2:]}
+KERNELS = {  # of csrc/cuda, without "_kernel"; FlashAttention's are attend too
+    "block_mean": ["block_mean"],
+    "gate_topk": ["gate_topk"],
+    "route": ["metadata", "own_blocks", "count", "tiles", "lists", "place"]
+    + ["gather_rows", "gather_keys"],
+    "attend": ["attend_forward_tile", "attend_forward_tiles", "attend_backward", "row_stats"],
+    "merge": ["merge", "reduce_keys"],
+}
+STAGE_OF = {f"{kernel}_kernel": stage for stage in KERNELS for kernel in KERNELS[stage]}
 GB = 1e9
 
 
@@ -161,7 +170,7 @@ def stage_ms(events: list[dict]) -> dict[str, dict[str, float]] | None:
     """ms of the kernels of every stage, forward and backward; None if the trace has no kernel.
 
     A kernel carries the number of the call that launched it and that of the operator around it:
-    either may lie in the range, in its thread. "other": neither does.
+    either may lie in the range of the phase; the backward launches from a thread of its own.
     """
 
     def numbered(key: str, *kinds: str) -> dict[int, dict]:
@@ -176,24 +185,25 @@ def stage_ms(events: list[dict]) -> dict[str, dict[str, float]] | None:
     for kernel in kernels:
         args = kernel.get("args", {})
         calls = launches.get(args.get("correlation")), operators.get(args.get("External id"))
-        calls = [call for call in calls if call]
-        # The backward launches from a thread of its own.
-        phase = _around(calls or [kernel], ranges, "benchmark::", any_thread=True)
-        stage = _around(calls, ranges, "moba::", any_thread=False) or "other"
+        phase = _phase([call for call in calls if call] or [kernel], ranges)
         if phase:  # the profiler itself may launch something before or after
-            result[phase][stage] += kernel["dur"] / 1e3
+            result[phase][_stage(kernel["name"])] += kernel["dur"] / 1e3
     return result if kernels else None
 
 
-def _around(calls: list[dict], ranges: list[dict], prefix: str, any_thread: bool) -> str | None:
-    """Name of the range of this prefix that one of the calls lies in."""
+def _phase(calls: list[dict], ranges: list[dict]) -> str | None:
+    """That in whose range one of the calls lies."""
     for x in ranges:
-        if x["name"].startswith(prefix):
-            for call in calls:
-                begun = x["ts"] <= call["ts"] < x["ts"] + x["dur"]
-                if begun and (any_thread or x["tid"] == call["tid"]):
-                    return x["name"].removeprefix(prefix)
+        if any(x["ts"] <= call["ts"] < x["ts"] + x["dur"] for call in calls):
+            return x["name"].removeprefix("benchmark::")
     return None
+
+
+def _stage(kernel: str) -> str:
+    name = re.search(r"\w+_kernel\b", kernel)
+    if name is None:
+        return "other"
+    return "attend" if name[0].startswith("flash_") else STAGE_OF.get(name[0], "other")
 
 
 def measure(attend: Callable, row: Row, options: argparse.Namespace, staged: bool) -> dict:

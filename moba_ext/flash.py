@@ -1,6 +1,4 @@
-"""The ``flash`` backend: our CUDA gate and routing around FlashAttention's varlen API. ``sm90`` is
-the same, but kernels of ours attend, on rows as they lie in q: of FlashAttention it calls only what
-is dense anyway.
+"""The ``flash`` backend: our CUDA gate and routing around FlashAttention's varlen API.
 
 The own blocks of all queries are one causal varlen call, every block its own sequence. The chosen
 past blocks go group by group (KV heads x queries, :func:`make_plan`): route lists the rows that
@@ -15,7 +13,6 @@ Sources: arXiv 2502.13189, algorithm 1; arXiv 2307.08691 (FlashAttention-2).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -23,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from . import reference, varlen
 
@@ -41,13 +37,6 @@ _L2_BYTES = 48 << 20  # of a GPU of compute capability 9.0, for the rows of q th
 
 # The stages in C++ and CUDA.
 _stages = torch.ops.moba
-
-
-def _stage(name: str) -> contextlib.AbstractContextManager:
-    """The range of a stage for a profiler; without one a range costs 0.01 ms of the host."""
-    if torch.autograd._profiler_enabled():
-        return record_function(f"moba::{name}")
-    return contextlib.nullcontext()
 
 
 class FlashPlan(NamedTuple):
@@ -357,7 +346,7 @@ def _plan_of(q, k, cu_k, max_k, block_size, topk, **kind: bool) -> FlashPlan:
     )
 
 
-def _positive_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float, int]:
+def positive_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float, int]:
     """q and a scale above 0 with the same scores, and the sign that q has lost, its gradient's too.
 
     Kernels take the maximum of masked scores before they scale: below 0 that overflows, at 0 a
@@ -382,88 +371,54 @@ def forward(
     block_size: int,
     topk: int,
     softmax_scale: float | None,
-    *,
-    sm90: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention`` on CUDA tensors, bfloat16 or float16 -> out, lse, block_ids."""
     tokens_q, heads_q, head_dim = q.shape
     tokens_k, heads_k, _ = k.shape
     q, k, v = (varlen.aligned(x) for x in (q, k, v))
-    attended_q, scale, _ = _positive_scale(q, softmax_scale)
+    attended_q, scale, _ = positive_scale(q, softmax_scale)
     lse = q.new_empty(heads_q, tokens_q, dtype=torch.float32)
     if tokens_q == 0 or tokens_k == 0:
         slots = reference.num_slots(max_seqlen_k, block_size, topk)
         ids = q.new_full((tokens_q, heads_q, slots), -1, dtype=torch.int32)
         return q.new_zeros(q.shape), lse.fill_(-torch.inf), ids
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False, sm90=sm90)
-    with _stage("route"):
-        own = _own_blocks(
-            *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
-            plan.block_size,
-        )
-    own_kernel = sm90 and not plan.dense  # long sequences of one block are FlashAttention's
-
-    def attend_own(heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        if not own_kernel:
-            of_q = slice(*(h * (heads_q // heads_k) for h in heads))
-            return own_out[:, of_q], own_lse[of_q]
-        with _stage("attend"):
-            return _stages.sm90_own(
-                *(attended_q, k, v, own.sequences.cu_q, own.sequences.cu_k),
-                *(plan.block_size, scale, *heads),
-            )
-
+    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
+    own = _own_blocks(
+        *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
+        plan.block_size,
+    )
     # First, so that a short call's device has work while the host launches the gate and routing.
-    if own_kernel:
-        out, first_own = q.new_empty(q.shape), attend_own(plan.head_ranges()[0])
-    else:
-        with _stage("attend"):
-            own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
-        # merge writes a row of out after it has read that of the own block: one buffer serves both,
-        # unless FlashAttention gave it the strides of q.
-        out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
-        first_own = attend_own(plan.head_ranges()[0])
-    with _stage("block_mean"):
-        kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
-    with _stage("gate_topk"):
-        ids = _stages.gate_topk(
-            *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
-        )[0]
+    own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
+    # merge writes a row of out after it has read that of the own block: one buffer serves both,
+    # unless FlashAttention gave it the strides of q.
+    out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
+    kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
+    ids = _stages.gate_topk(
+        *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
+    )[0]
 
-    def run_group(heads: tuple[int, int], queries: tuple[int, int], own_part) -> None:
+    def run_group(heads: tuple[int, int], queries: tuple[int, int]) -> None:
         group = (*heads, *queries)
         if plan.slots:
-            with _stage("route"):
-                routed = _route(ids, k, cu_seqlens_q, own, plan, group)
-            if sm90:
-                with _stage("attend"):
-                    part_out, part_lse = _stages.sm90_attend(
-                        *(attended_q, k, v, routed.entries, routed.segment_offsets),
-                        *(routed.segment_lists, routed.cu_rows, cu_seqlens_k, own.cu_blocks),
-                        *(plan.block_size, scale, *group),
-                    )
-            else:
-                with _stage("route"):
-                    keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
-                    rows = _stages.flash_gather(
-                        [attended_q], None, routed.entries, routed.offsets, heads_k, *group
-                    )[0]
-                with _stage("attend"):
-                    part_out, part_lse = varlen.forward(rows, *keys, scale, causal=False)
+            routed = _route(ids, k, cu_seqlens_q, own, plan, group)
+            keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
+            rows = _stages.flash_gather(
+                [attended_q], None, routed.entries, routed.offsets, heads_k, *group
+            )[0]
+            part_out, part_lse = varlen.forward(rows, *keys, scale, causal=False)
             positions = routed.positions
         else:
             positions, part_lse = ids.new_empty(0), lse.new_empty(0)
             part_out = q.new_empty(0, 1, head_dim)
-        with _stage("merge"):
-            _stages.flash_merge(
-                *(positions, part_out, part_lse, *own_part),
-                *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
-            )
+        of_q = slice(*(h * (heads_q // heads_k) for h in heads))
+        _stages.flash_merge(
+            *(positions, part_out, part_lse, own_out[:, of_q], own_lse[of_q]),
+            *(cu_seqlens_q, cu_seqlens_k, own.cu_blocks, heads_k, *group, out, lse),
+        )
 
     for heads in plan.head_ranges():
-        own_part = attend_own(heads) if heads[0] else first_own
         for queries in plan.query_ranges():
-            run_group(heads, queries, own_part)
+            run_group(heads, queries)
     return out, lse, ids
 
 
@@ -483,8 +438,6 @@ def backward(
     block_size: int,
     topk: int,
     softmax_scale: float | None,
-    *,
-    sm90: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention_backward`` on CUDA tensors -> dq, dk, dv."""
     tokens_q, heads_q, head_dim = q.shape
@@ -492,35 +445,21 @@ def backward(
     if tokens_q == 0 or tokens_k == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
-    q, scale, sign = _positive_scale(q, softmax_scale)
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True, sm90=sm90)
+    q, scale, sign = positive_scale(q, softmax_scale)
+    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    own_kernel = sm90 and not plan.dense  # long sequences of one block are FlashAttention's
-    stats = ()
-    if own_kernel:
-        with _stage("attend"):
-            stats = _stages.sm90_row_stats(
-                out, dout, lse, None if dlse is None else dlse.contiguous()
-            )
-    if dlse is not None and not own_kernel:
+    if dlse is not None:
         out, dlse = varlen.lse_grad(dlse, lse.isneginf(), dout, out)
-    if not own_kernel:
-        # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
-        lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
-    with _stage("route"):
-        own = _own_blocks(
-            *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
-            plan.block_size,
-        )
+    # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
+    lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+    own = _own_blocks(
+        *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
+        plan.block_size,
+    )
     batch = cu_seqlens_q, cu_seqlens_k, own.cu_blocks
 
     def attend_own(heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        if own_kernel:
-            return _stages.sm90_own_backward(
-                *(dout, q, k, v, *stats, own.sequences.cu_q, own.sequences.cu_k),
-                *(plan.block_size, scale, *heads),
-            )
         of_k = slice(*heads)
         of_q = slice(*(h * (heads_q // heads_k) for h in heads))
         own_dlse = None if dlse is None else dlse._replace(dout=dlse.dout[:, of_q])
@@ -530,8 +469,7 @@ def backward(
         )
 
     def run_heads(heads: tuple[int, int]) -> None:
-        with _stage("attend"):
-            own_dq, *own_dkv = attend_own(heads)
+        own_dq, *own_dkv = attend_own(heads)
         sums = [None, None]
         if len(ranges) > 1:
             shape = (tokens_k, heads[1] - heads[0], head_dim)
@@ -542,9 +480,7 @@ def backward(
     def run_group(heads, queries, own_dq, own_keys, sums) -> None:
         group = (*heads, *queries)
         if plan.slots:
-            with _stage("route"):
-                routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
-            attend = attend_in_place if sm90 else attend_packed
+            routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
             part_dq, *part_dkv = attend(routed, group)
             positions, segment_offsets = routed.positions, routed.segment_offsets
         else:
@@ -552,36 +488,25 @@ def backward(
             positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
             part_dq, part_dk = own_dq.new_empty(0, 1, head_dim), q.new_empty(0, 1, head_dim)
             part_dkv = part_dk, part_dk
-        with _stage("merge"):
-            _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
-            _stages.flash_reduce_keys(
-                *(segment_offsets, *part_dkv, *own_keys, plan.block_size),
-                *(queries == ranges[0], queries == ranges[-1], *sums),
-                *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
-            )
+        _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
+        _stages.flash_reduce_keys(
+            *(segment_offsets, *part_dkv, *own_keys, plan.block_size),
+            *(queries == ranges[0], queries == ranges[-1], *sums),
+            *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
+        )
 
-    def attend_in_place(routed: _Routed, group) -> tuple[Tensor, Tensor, Tensor]:
-        with _stage("attend"):
-            return _stages.sm90_attend_backward(
-                *(dout, q, k, v, *stats, routed.entries, routed.segment_offsets),
-                *(routed.segment_lists, routed.cu_rows, cu_seqlens_k, own.cu_blocks),
-                *(plan.block_size, scale, *group),
-            )
-
-    def attend_packed(routed: _Routed, group) -> tuple[Tensor, Tensor, Tensor]:
-        with _stage("route"):
-            keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
-            rows = routed.entries, routed.offsets, heads_k, *group
-            q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather([q, dout, out], lse, *rows)
-            part_dlse = None
-            if dlse is not None:
-                part_dlse = dlse._replace(dout=_stages.flash_gather([dlse.dout], None, *rows)[0])
-        with _stage("attend"):
-            return varlen.backward(
-                *(dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows),
-                *(lse_rows[None], keys.sequences, scale, False),
-                reuse_out=True,
-            )
+    def attend(routed: _Routed, group) -> tuple[Tensor, Tensor, Tensor]:
+        keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
+        rows = routed.entries, routed.offsets, heads_k, *group
+        q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather([q, dout, out], lse, *rows)
+        part_dlse = None
+        if dlse is not None:
+            part_dlse = dlse._replace(dout=_stages.flash_gather([dlse.dout], None, *rows)[0])
+        return varlen.backward(
+            *(dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows),
+            *(lse_rows[None], keys.sequences, scale, False),
+            reuse_out=True,
+        )
 
     _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)
     return (dq if sign == 1 else dq * sign), dk, dv

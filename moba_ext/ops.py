@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import flash, reference, varlen
+from . import flash, reference, sm90, varlen
 from ._C import build_info
 
 _LIB = Path(__file__).parent / "lib"
@@ -152,30 +152,29 @@ def resolve_backend(
     return name, f"compiled kernels for {'CUDA' if name == 'flash' else 'CPU'} tensors"
 
 
-def _cuda_backend(backend: str, q: Tensor) -> str:
-    """flash or sm90, which the op has on CUDA tensors."""
+def _cuda_backend(backend: str, q: Tensor):
+    """The module, flash or sm90, that runs the op on CUDA tensors."""
     name, reason = resolve_backend(backend, "cuda", q.dtype, q.shape[-1])
     if name not in ("flash", "sm90"):
         raise RuntimeError(
             f"backend is '{backend}', and on CUDA tensors the op runs 'flash' and 'sm90' only: "
             f"{reason} ('reference' is in moba_ext.moba_attention_varlen)"
         )
-    return name
+    return sm90 if name == "sm90" else flash
 
 
 @torch.library.register_kernel("moba::attention", "cuda")
 def _(q, k, v, cu_q, cu_k, max_q, max_k, block_size, topk, softmax_scale=None, backend="auto"):
     sizes = max_q, max_k, block_size, topk, softmax_scale
-    sm90 = _cuda_backend(backend, q) == "sm90"
-    return flash.forward(q, k, v, cu_q, cu_k, *sizes, sm90=sm90)
+    return _cuda_backend(backend, q).forward(q, k, v, cu_q, cu_k, *sizes)
 
 
 @torch.library.register_kernel("moba::attention_backward", "cuda")
 def _(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, max_q, max_k, block_size, topk,
       softmax_scale=None, backend="auto"):  # fmt: skip
+    saved = q, k, v, out, lse, block_ids
     sizes = max_q, max_k, block_size, topk, softmax_scale
-    sm90 = _cuda_backend(backend, q) == "sm90"
-    return flash.backward(dout, dlse, q, k, v, out, lse, block_ids, cu_q, cu_k, *sizes, sm90=sm90)
+    return _cuda_backend(backend, q).backward(dout, dlse, *saved, cu_q, cu_k, *sizes)
 
 
 @torch.library.register_fake("moba::attention")

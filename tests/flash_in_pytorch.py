@@ -6,14 +6,10 @@ bookkeeping are tested without a GPU. What the real ones leave unwritten is NaN 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from moba_ext import flash, reference, varlen
-
-LN2 = math.log(2)
+from moba_ext import reference
 
 
 def flash_metadata(cu_q, cu_k, tokens_q, tokens_k, max_q, max_k, block_size):
@@ -106,100 +102,6 @@ def flash_gather_keys(
     return tuple(pack.view(-1, 1, k.shape[2]) for pack in packs)
 
 
-def sm90_attend(q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_k, cu_blocks,
-                block_size, scale, *bounds):  # fmt: skip
-    total = int(cu_rows[-1])
-    rows = flash_gather([q], None, entries, torch.tensor([0, total]), k.shape[1], *bounds)[0]
-    keys = cu_k, cu_blocks, segment_lists, None, block_size, *bounds[:2]
-    packs = [x.view(-1, block_size, k.shape[2]) for x in flash_gather_keys(k, v, *keys)]
-    out, lse = torch.full_like(rows, torch.nan), torch.full((len(rows),), torch.nan)
-    for i in range(int(segment_offsets[-1])):
-        part = slice(*cu_rows[i : i + 2].tolist())
-        assert part.stop - part.start <= 128
-        scores = rows[part, 0].float() @ packs[0][i].float().T * scale
-        lse[part] = scores.logsumexp(-1)
-        out[part, 0] = (scores.softmax(-1) @ packs[1][i].float()).to(q.dtype)
-    return out, lse
-
-
-def sm90_row_stats(out, dout, lse, dlse):
-    delta = (dout.float() * out.float()).sum(-1).T
-    lse_log2 = (lse / LN2).masked_fill(lse.isneginf(), torch.inf)
-    return lse_log2, (delta if dlse is None else delta - dlse).contiguous()
-
-
-def sm90_attend_backward(dout, q, k, v, lse_log2, delta, entries, segment_offsets, segment_lists,
-                         cu_rows, cu_k, cu_blocks, block_size, scale, *bounds):  # fmt: skip
-    rows = entries, cu_rows[-1:], k.shape[1], *bounds
-    q_rows, dout_rows, lse_rows = flash_gather([q, dout], lse_log2 * LN2, *rows)
-    _, delta_rows = flash_gather([q], delta, *rows)
-    packs = flash_gather_keys(k, v, cu_k, cu_blocks, segment_lists, None, block_size, *bounds[:2])
-    grads = [torch.full_like(x, torch.nan, dtype=torch.float32) for x in (q_rows, *packs)]
-    for i in range(int(segment_offsets[-1])):
-        part = slice(*cu_rows[i : i + 2].tolist())
-        keys = slice(*(j * block_size for j in (i, i + 1)))
-        inputs = dout_rows[part], q_rows[part], *(pack[keys] for pack in packs)
-        inputs += lse_rows[None, part], delta_rows[None, part]
-        _put_gradients(grads, part, keys, _gradients(*inputs, scale, False))
-    part_dq, *part_dkv = grads
-    return _part_dq(part_dq[:, 0], block_size, q.dtype), *(x.to(q.dtype) for x in part_dkv)
-
-
-def _part_dq(rows: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    return to_halves(rows) if block_size > flash._KEY_TILE else rows[:, None].to(dtype)
-
-
-def to_halves(rows: Tensor) -> Tensor:
-    """``[n, D]`` -> ``[2, n, D / 2]`` as csrc/cuda/sm90/stages.h has dq; D is 16, 32, 64 or 128."""
-    return _swapped(rows.unflatten(1, (2, -1)).transpose(0, 1))
-
-
-def from_halves(halves: Tensor) -> Tensor:
-    return _swapped(halves).transpose(0, 1).flatten(1)
-
-
-def _swapped(halves: Tensor) -> Tensor:
-    """8 columns, the vector j of row i, go to j ^ i, which also takes them back."""
-    vectors = halves.unflatten(2, (-1, 8))
-    row, vector = (torch.arange(n, device=halves.device) for n in vectors.shape[1:3])
-    return vectors[:, row[:, None], vector ^ row[:, None] % len(vector)].flatten(2)
-
-
-def sm90_own(q, k, v, own_cu_q, own_cu_k, block_size, scale, *heads):
-    group = q.shape[1] // k.shape[1]
-    of_k, of_q = slice(*heads), slice(*(h * group for h in heads))
-    sequences = varlen.Sequences(own_cu_q, own_cu_k, len(q), block_size)
-    out, lse = forward_call(q[:, of_q], k[:, of_k], v[:, of_k], sequences, scale, True)
-    lse = lse.T.masked_fill(lse.T.isposinf(), torch.nan)
-    out = out.masked_fill(lse[..., None].isnan(), torch.nan)
-    return _by_head(out, group)[:, None], _by_head(lse, group)
-
-
-def sm90_own_backward(dout, q, k, v, lse_log2, delta, own_cu_q, own_cu_k, block_size, scale,
-                      *heads):  # fmt: skip
-    group = q.shape[1] // k.shape[1]
-    of_k, of_q = slice(*heads), slice(*(h * group for h in heads))
-    dout, q, k, v = dout[:, of_q], q[:, of_q], k[:, of_k], v[:, of_k]
-    lse, delta = lse_log2[of_q] * LN2, delta[of_q]
-    grads = [torch.full(x.shape, torch.nan) for x in (q, k, v)]
-    for rows, keys in _calls(varlen.Sequences(own_cu_q, own_cu_k, len(q), block_size)):
-        if keys.start < keys.stop:
-            inputs = dout[rows], q[rows], k[keys], v[keys], lse[:, rows], delta[:, rows]
-            _put_gradients(grads, rows, keys, _gradients(*inputs, scale, True))
-    part_dq = _part_dq(_by_head(grads[0], group), block_size, q.dtype)
-    return part_dq, *(x.to(q.dtype) for x in grads[1:])
-
-
-def _by_head(x: Tensor, group: int) -> Tensor:
-    """``[Tq, heads * G, ...]`` -> ``[heads * Tq * G, ...]``, the rows of sm90's own blocks."""
-    return x.unflatten(1, (-1, group)).transpose(0, 1).flatten(0, 2)
-
-
-def _by_token(rows: Tensor, heads: int, tokens: int) -> Tensor:
-    """The way back."""
-    return rows.unflatten(0, (heads, tokens, -1)).transpose(0, 1).flatten(1, 2)
-
-
 def _parts(positions, part, own, cu_q, cu_k, heads_k, bounds, out):
     """Rows' parts [heads, queries, G, K + 1, ...], which are empty, and the place in `out`."""
     head_begin, head_end, query_begin, query_end = bounds
@@ -219,11 +121,6 @@ def _put(out, place, rows):
 
 def flash_merge(positions, part_out, part_lse, own_out, own_lse, cu_q, cu_k, _, heads_k, *rest):
     *bounds, out, lse = rest
-    if own_lse.dim() == 1:  # sm90's
-        own_out, own_lse = (
-            _by_token(x, bounds[1] - bounds[0], len(out)) for x in (own_out[:, 0], own_lse)
-        )
-        own_lse = own_lse.T
     sequences = cu_q, cu_k, heads_k, bounds, out
     parts, empty, place = _parts(positions, part_out[:, 0].float(), own_out.float(), *sequences)
     lses, _, _ = _parts(positions, part_lse.reshape(-1), own_lse.T, *sequences)
@@ -238,14 +135,7 @@ def flash_merge(positions, part_out, part_lse, own_out, own_lse, cu_q, cu_k, _, 
 def flash_merge_backward(positions, part_dq, own_dq, cu_q, cu_k, _, heads_k, *rest):
     *bounds, dq = rest
     sequences = cu_q, cu_k, heads_k, bounds, dq
-    heads, group = bounds[1] - bounds[0], dq.shape[1] // heads_k
-
-    def in_rows(x):  # the real one knows halves by the dtype
-        return (from_halves(x) if x.shape[2] < dq.shape[2] else x[:, 0]).float()
-
-    if own_dq.shape[:2] != (len(dq), heads * group):  # sm90's
-        own_dq = _by_token(in_rows(own_dq), heads, len(dq))
-    parts, empty, place = _parts(positions, in_rows(part_dq), own_dq.float(), *sequences)
+    parts, empty, place = _parts(positions, part_dq[:, 0].float(), own_dq.float(), *sequences)
     _put(dq, place, parts.masked_fill(empty[..., None], 0).sum(3))
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,35 +182,39 @@ def test_arguments(capsys):
     assert "has Z, must be of S2K" in capsys.readouterr().err
 
 
-def test_kernels_go_to_the_stage_that_launched_them():
+def test_kernels_go_to_their_stages():
     def event(cat, name, ts, dur, tid, **args):
         return {"cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
 
-    def launched(number, ts, tid, dur, **args):
+    def launched(number, ts, tid, name, dur):
         call = event("cuda_runtime", "cudaLaunchKernel", ts, 1, tid, correlation=number)
-        return call, event("kernel", "k", 900, dur, 7, correlation=number, **args)
+        return call, event("kernel", name, 900, dur, 7, correlation=number)
 
+    ours = "void moba::cuda::(anonymous namespace)::"
     events = [
         {"ph": "M", "name": "process_name"},
         event("user_annotation", "benchmark::forward", 0, 100, 1),
-        event("user_annotation", "moba::route", 10, 20, 1),
-        event("user_annotation", "moba::route", 40, 20, 1),
-        event("gpu_user_annotation", "moba::route", 900, 900, 7),
         event("user_annotation", "benchmark::backward", 100, 100, 1),
-        event("user_annotation", "moba::attend", 110, 50, 2),  # autograd's own thread
+        event("gpu_user_annotation", "benchmark::forward", 900, 900, 7),
         event("cpu_op", "aten::fill_", 112, 3, 2, **{"External id": 5}),
-        *launched(1, 10, 1, 1000),
-        *launched(2, 45, 1, 2000),
-        *launched(3, 30, 1, 4000),  # a range ends before its end
-        *launched(4, 150, 2, 8000),
-        *launched(5, 150, 3, 16000),  # another thread
-        event("gpu_memset", "m", 900, 32000, 7, **{"External id": 5}),  # no launch known
-        *launched(6, 500, 1, 64000),  # after all
+        *launched(1, 10, 1, f"{ours}tiles_kernel<true>(Sort)", 1000),
+        *launched(2, 45, 1, f"{ours}place_kernel<4>(Sort)", 2000),
+        *launched(3, 30, 1, f"{ours}attend_forward_tiles_kernel<T, 128>(Params)", 4000),
+        *launched(4, 150, 2, "void flash_bwd_dq_dk_dv_loop_kernel<>(P)", 8000),  # autograd's thread
+        *launched(5, 150, 3, "void at::vectorized_elementwise_kernel<4>(int)", 16000),
+        event("gpu_memset", "Memset", 900, 32000, 7, **{"External id": 5}),  # no launch known
+        *launched(6, 500, 1, f"{ours}merge_kernel(P)", 64000),  # after all
     ]
     found = attention.stage_ms(events)
-    assert {name: ms for name, ms in found["forward"].items() if ms} == {"route": 3, "other": 4}
-    assert {name: ms for name, ms in found["backward"].items() if ms} == {"attend": 40, "other": 16}
-    assert attention.stage_ms(events[:8]) is None
+    assert {name: ms for name, ms in found["forward"].items() if ms} == {"route": 3, "attend": 4}
+    assert {name: ms for name, ms in found["backward"].items() if ms} == {"attend": 8, "other": 48}
+    assert attention.stage_ms(events[:5]) is None
+
+
+def test_every_kernel_has_a_stage():
+    sources = Path(common.__file__).parents[1].glob("csrc/cuda/**/*.cu")
+    kernels = set(re.findall(r"(\w+_kernel)\(", "".join(file.read_text() for file in sources)))
+    assert kernels - {"flat_kernel"} == set(attention.STAGE_OF)  # flat: of moba::route alone
 
 
 class Event:

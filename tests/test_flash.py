@@ -27,7 +27,6 @@ CASES = [
     Case([0, 0], [9, 30], 2, 1, 8, 8, 2),
     Case([9, 30], [0, 0], 2, 1, 8, 8, 2),
 ]
-SM90_CASES = [case._replace(head_dim=64) for case in CASES]
 DRAWS = 3  # of the inputs: the largest error of a single one differs from processor to processor
 
 
@@ -42,20 +41,16 @@ def stages(monkeypatch):
         monkeypatch.setattr(flash_in_pytorch, name, stage, raising=False)
 
 
-def is_dense(case: Case) -> bool:
-    return case.topk * case.block_size >= case.max_seqlen_k
-
-
 def head_major(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def draw(case: Case, with_dlse: bool, layout, sm90: bool, scale: float) -> tuple:
+def draw(case: Case, with_dlse: bool, layout, scale: float) -> tuple:
     """out, lse, dq, dk, dv of fresh inputs: of the backend, in float64, and of plain PyTorch."""
     inputs = [layout(x) for x in case.tensors(torch.float32)]
     sizes = (case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk)
     cu_seqlens = case.cu_seqlens()
-    out, lse, ids = flash.forward(*inputs, *cu_seqlens, *sizes, scale, sm90=sm90)
+    out, lse, ids = flash.forward(*inputs, *cu_seqlens, *sizes, scale)
     assert out.is_contiguous() and lse.is_contiguous()
     assert torch.equal(ids, torch.ops.moba.attention(*inputs, *cu_seqlens, *sizes)[2])
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) * with_dlse
@@ -65,7 +60,6 @@ def draw(case: Case, with_dlse: bool, layout, sm90: bool, scale: float) -> tuple
         *flash.backward(
             *(dout, dlse if with_dlse else None, *inputs, out, lse, ids),
             *(*cu_seqlens, *sizes, scale),
-            sm90=sm90,
         ),
     )
     plain = run_masked(case, *inputs, ids, scale)
@@ -76,10 +70,8 @@ def draw(case: Case, with_dlse: bool, layout, sm90: bool, scale: float) -> tuple
     return got, [x.detach() for x in exact], plain
 
 
-def check(
-    case: Case, with_dlse: bool, layout=lambda x: x, sm90: bool = False, scale: float = 0.3
-) -> None:
-    draws = [draw(case, with_dlse, layout, sm90, scale) for _ in range(DRAWS)]
+def check(case: Case, with_dlse: bool, layout=lambda x: x, scale: float = 0.3) -> None:
+    draws = [draw(case, with_dlse, layout, scale) for _ in range(DRAWS)]
     for i, name in enumerate(("out", "lse", "dq", "dk", "dv")):
         got, exact, plain = ([x[j][i] for x in draws] for j in range(3))
         # Rounded twice in float32: a part, then their sum.
@@ -92,33 +84,10 @@ def test_one_group(case, with_dlse):
     check(case, with_dlse)
 
 
-@pytest.mark.parametrize("sm90", [False, True])
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
 @pytest.mark.parametrize("case", CASES)
-def test_scale_that_is_not_positive(case, scale, sm90):
-    check(case, True, scale=scale, sm90=sm90)
-
-
-@pytest.mark.parametrize("with_dlse", [False, True])
-@pytest.mark.parametrize("key_tile", [128, 5], ids=["one key tile", "several key tiles"])
-@pytest.mark.parametrize("workspace", [None, 1, 200_000])
-@pytest.mark.parametrize("case", [c for c in SM90_CASES if not is_dense(c)])
-def test_own_kernels(case, workspace, key_tile, with_dlse, monkeypatch):
-    """For routed rows and own blocks; of blocks of several tiles, dq comes in halves."""
-    monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(flash, "_ROW_TILE", 7)
-    monkeypatch.setattr(flash, "_KEY_TILE", key_tile)
-    monkeypatch.setattr(varlen, "forward", None)
-    monkeypatch.setattr(varlen, "backward", None)
-    check(case, with_dlse, sm90=True, scale=0.125)
-
-
-@pytest.mark.parametrize("with_dlse", [False, True])
-@pytest.mark.parametrize("case", [c for c in SM90_CASES if is_dense(c)])
-def test_dense_call_without_own_kernels(case, with_dlse, monkeypatch):
-    for name in ("own", "own_backward", "attend", "attend_backward", "row_stats"):
-        monkeypatch.setattr(flash_in_pytorch, f"sm90_{name}", None)
-    check(case, with_dlse, sm90=True, scale=0.125)
+def test_scale_that_is_not_positive(case, scale):
+    check(case, True, scale=scale)
 
 
 @pytest.mark.parametrize(

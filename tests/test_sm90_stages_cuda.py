@@ -5,10 +5,7 @@ import math
 import flash_checks
 import pytest
 import torch
-from flash_checks import (
-    NAMES,
-)
-from flash_in_pytorch import from_halves, to_halves
+from flash_checks import NAMES
 from flash_stages import (
     CASES,
     DEVICE,
@@ -21,6 +18,7 @@ from flash_stages import (
     misaligned,
 )
 from numerics import Case, assert_within_budget, self_attention
+from torch import Tensor
 
 from moba_ext import flash
 
@@ -28,6 +26,22 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
 DTYPES = [torch.bfloat16, torch.float16]
 SEGMENT_ROWS = 128
+
+
+def to_halves(rows: Tensor) -> Tensor:
+    """``[n, D]`` -> ``[2, n, D / 2]`` as csrc/cuda/sm90/stages.h has dq; D is 16, 32, 64 or 128."""
+    return _swapped(rows.unflatten(1, (2, -1)).transpose(0, 1))
+
+
+def from_halves(halves: Tensor) -> Tensor:
+    return _swapped(halves).transpose(0, 1).flatten(1)
+
+
+def _swapped(halves: Tensor) -> Tensor:
+    """8 columns, the vector j of row i, go to j ^ i, which also takes them back."""
+    vectors = halves.unflatten(2, (-1, 8))
+    row, vector = (torch.arange(n, device=halves.device) for n in vectors.shape[1:3])
+    return vectors[:, row[:, None], vector ^ row[:, None] % len(vector)].flatten(2)
 
 
 class Routed:

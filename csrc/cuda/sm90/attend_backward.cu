@@ -3,12 +3,12 @@
 //   dout
 // with lse and delta of the whole row, not of the part. A segment's dk and dv are summed on chip.
 //
-// Grid: persistent thread blocks. A segment's block's keys pass by, kKeys at a time, and past each of
-// these tiles the segment's rows, kRows at a time. Three warp groups: two have 64 of the keys each;
-// of the third, two warps gather rows of q and dout straight from the tensors, one hands out work
-// and copies k and v, and one adds up dq. S, P and dS are transposed, keys by rows, so that P and dS
-// are operands from registers in the products for dv and dk. For dq the two groups exchange dS
-// through shared memory, and each has half of the columns.
+// Grid: persistent thread blocks. A segment's block's keys pass by, kKeys at a time, and past each
+// of these tiles the segment's rows, kRows at a time. Three warp groups: two have 64 of the keys
+// each; of the third, two warps gather rows of q and dout straight from the tensors, one hands out
+// work and copies k and v, and one adds up dq. S, P and dS are transposed, keys by rows, so that P
+// and dS are operands from registers in the products for dv and dk. For dq the two groups exchange
+// dS through shared memory, and each has half of the columns.
 //
 // Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
 // its keys up to each query's.

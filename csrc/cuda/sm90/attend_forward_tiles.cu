@@ -144,7 +144,8 @@ class RowLoader {
       of_row[i] = params_.q.at(place.query, place.head);
     }
     wait(q_.empty_barrier(), q_.parity() ^ 1);
-    const int seen = item.offset + static_cast<int>(static_cast<uint32_t>(item.begin) / params_.group) + 1;
+    const int seen =
+        item.offset + static_cast<int>(static_cast<uint32_t>(item.begin) / params_.group) + 1;
     describe({item.row, item.rows, item.keys, tiles, item.begin, item.offset, seen});
     const uint32_t to = shared_ + Layout::q(q_.stage());
     const int vector = lane_ % kVectors, first = lane_ / kVectors;

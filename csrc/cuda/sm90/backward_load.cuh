@@ -178,8 +178,8 @@ class Queue {
   int next_ = 0, step_ = 0;
 };
 
-// Where in shared memory the other warps find the work that one warp hands out. A stage has 64 bytes,
-// of which the last 16 are its mbarriers.
+// Where in shared memory the other warps find the work that one warp hands out. A stage has 64
+// bytes, of which the last 16 are its mbarriers.
 template <typename Layout>
 class Handout {
  public:
@@ -368,8 +368,8 @@ class KeyLoader {
   Ring<1> k_, v_;
 };
 
-// The warp, of which one thread adds dq of row tiles to what others have of them, in the order of the
-// tiles of keys, the last one first.
+// The warp, of which one thread adds dq of row tiles to what others have of them, in the order of
+// the tiles of keys, the last one first.
 template <int kDim, bool kOwn>
 class DqAdder {
   using Layout = Shared<kDim, false>;
@@ -416,8 +416,8 @@ class DqAdder {
     wait(dq_.full_barrier(), dq_.parity());
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
-      float* const to = static_cast<float*>(params_.part_dq) +
-                        (i * params_.all_rows + row) * (kDim / kConsumers);
+      float* const to =
+          static_cast<float*>(params_.part_dq) + (i * params_.all_rows + row) * (kDim / kConsumers);
       const uint32_t from = shared_ + Layout::kStaging + i * Layout::kStagingBytes;
       if (before > 0) {
         add_bulk(to, from, bytes);

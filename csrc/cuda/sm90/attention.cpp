@@ -1,0 +1,408 @@
+// A whole call of the sm90 backend, forward and backward, as one op each: for short sequences the
+// host's time for a chain of ops is longer than the kernels'. moba_ext/sm90.py plans the groups and
+// takes calls that have nothing to route.
+//
+// In comments: R = rows of the group, K = slots.
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cuda/sm90/call.h"
+#include "plan.h"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// Arrays in one allocation: `lay_out` takes them one by one, first to learn the size.
+class Arrays {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    T* const array = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return array;
+  }
+
+  template <typename LayOut>
+  static Tensor allocate(const Tensor& like, const LayOut& lay_out) {
+    Arrays sizes, arrays;
+    lay_out(sizes);
+    Tensor memory = torch::stable::new_empty(like, {sizes.bytes_}, ScalarType::Byte);
+    arrays.base_ = static_cast<char*>(memory.mutable_data_ptr());
+    lay_out(arrays);
+    return memory;
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// How a call is cut into groups (moba_ext/flash.py, FlashPlan).
+struct Plan {
+  int64_t segment_rows, heads_per_group, queries_per_group;
+};
+
+// The call, its sequences, and the bounds of every block with its own queries.
+struct Call {
+  RoutedRows params{};  // of all heads and queries
+  Plan plan;
+  cudaStream_t stream;
+  Tensor memory;
+  int64_t* cu_blocks;
+  int32_t *own_cu_q, *own_cu_k;
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_size,
+       int64_t slots, double softmax_scale, const Plan& plan)
+      : plan(plan), stream(current_stream(q)) {
+    set_tensors(params, q, k, v, block_size, softmax_scale, {0, k.size(1), 0, q.size(0)});
+    check_offsets(cu_seqlens_q, "cu_seqlens_q", q, "q");
+    check_offsets(cu_seqlens_k, "cu_seqlens_k", q, "q");
+    MOBA_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
+               "cu_seqlens_q and cu_seqlens_k must have the same length");
+    MOBA_CHECK(plan.segment_rows >= 1 && plan.heads_per_group >= 1 && plan.queries_per_group >= 1,
+               "segment_rows, heads_per_group and queries_per_group must be at least 1");
+    Problem& problem = params.problem;
+    MOBA_CHECK(problem.tokens_q <= INT32_MAX && problem.tokens_k <= INT32_MAX,
+               "q and k must have less than 2^31 tokens");
+    problem.batch = cu_seqlens_q.numel() - 1;
+    problem.num_blocks = num_blocks(problem.tokens_k, problem.batch, block_size);
+    problem.slots = slots;
+    problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
+    problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
+    const int64_t parts = problem.num_blocks + problem.batch;
+    memory = Arrays::allocate(q, [&](Arrays& arrays) {
+      cu_blocks = arrays.take<int64_t>(problem.batch + 1);
+      own_cu_q = arrays.take<int32_t>(parts + 1);
+      own_cu_k = arrays.take<int32_t>(parts + 1);
+    });
+    STD_CUDA_CHECK(metadata(problem, max_seqlen_q, max_seqlen_k, cu_blocks, stream));
+    problem.cu_blocks = cu_blocks;
+    STD_CUDA_CHECK(own_blocks(problem, own_cu_q, own_cu_k, stream));
+  }
+
+  const Problem& problem() const { return params.problem; }
+
+  template <typename Params>
+  Params of_call() const {
+    Params of{};
+    static_cast<RoutedRows&>(of) = params;
+    return of;
+  }
+
+  // The next groups' heads, and the next queries, from a first one on.
+  int64_t last_head(int64_t first) const {
+    return std::min(first + plan.heads_per_group, problem().heads_k);
+  }
+  int64_t last_query(int64_t first) const {
+    return std::min(first + plan.queries_per_group, problem().tokens_q);
+  }
+
+  // R
+  int64_t rows(const Group& group) const {
+    return group.heads() * group.queries() * problem().group();
+  }
+
+  void set_group(RoutedRows& of_group, const Group& group) const {
+    of_group.heads = Divisor(static_cast<uint32_t>(group.heads()));
+    of_group.head_begin = static_cast<uint32_t>(group.head_begin);
+    of_group.queries = static_cast<uint32_t>(group.queries());
+    of_group.query_begin = static_cast<uint32_t>(group.query_begin);
+  }
+
+  // The own blocks of a group's heads, of all queries.
+  void set_own(RoutedRows& of_group, const Group& group) const {
+    set_group(of_group, {group.head_begin, group.head_end, 0, problem().tokens_q});
+    const int64_t blocks = problem().num_blocks + problem().batch;
+    const int64_t rows = group.heads() * problem().tokens_q * problem().group();
+    const int64_t tiles = ceil_div(problem().block_size * problem().group(), kSegmentRows);
+    MOBA_CHECK(rows <= INT32_MAX && blocks * group.heads() <= INT32_MAX / tiles, blocks,
+               " own blocks of ", group.heads(), " KV heads are too many for one call");
+    of_group.own_cu_q = own_cu_q;
+    of_group.own_cu_k = own_cu_k;
+    of_group.own_blocks = static_cast<int32_t>(blocks);
+  }
+};
+
+// A group's rows by the block that they chose.
+struct Routed {
+  Routes routes{};
+  int32_t* workspace;
+  int64_t entries, lists;
+
+  Routed(const Call& call, const Group& group) {
+    const Problem& problem = call.problem();
+    entries = call.rows(group) * problem.slots;
+    lists = group.heads() * problem.num_blocks;
+    routes.segment_rows = call.plan.segment_rows;
+    routes.max_segments = lists + ceil_div(entries, routes.segment_rows);
+    MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
+    MOBA_CHECK(lists < INT32_MAX && routes.max_segments <= INT32_MAX / problem.block_size,
+               "the segments of a group have 2^31 keys or more");
+  }
+
+  void lay_out(Arrays& arrays, const Call& call, const Group& group) {
+    routes.entries = arrays.take<int32_t>(entries);
+    routes.positions = arrays.take<int32_t>(entries);
+    routes.offsets = arrays.take<int32_t>(lists + 1);
+    routes.segment_offsets = arrays.take<int32_t>(lists + 1);
+    routes.segment_lists = arrays.take<int32_t>(routes.max_segments);
+    routes.cu_rows = arrays.take<int32_t>(routes.max_segments + 1);
+    routes.cu_keys = arrays.take<int32_t>(routes.max_segments + 1);
+    workspace = arrays.take<int32_t>(route_workspace(call.problem(), group));
+  }
+
+  void run(const Call& call, const Group& group, const int32_t* ids, RoutedRows& of_group) {
+    if (entries == 0) {
+      const size_t bytes = (lists + 1) * sizeof(int32_t);
+      STD_CUDA_CHECK(cudaMemsetAsync(routes.segment_offsets, 0, bytes, call.stream));
+      return;
+    }
+    STD_CUDA_CHECK(route(call.problem(), group, ids, routes, workspace, call.stream));
+    call.set_group(of_group, group);
+    of_group.entries = routes.entries;
+    of_group.segment_offsets = routes.segment_offsets;
+    of_group.segment_lists = routes.segment_lists;
+    of_group.cu_rows = routes.cu_rows;
+    of_group.lists = static_cast<int32_t>(lists);
+    of_group.slots = Divisor(static_cast<uint32_t>(call.problem().slots));
+  }
+};
+
+MergeParams merge_params(const Call& call, const Group& group, const Routed& routed,
+                         const void* part, const void* own, const Tensor& out) {
+  MOBA_CHECK(group.heads() * call.problem().group() <= 65535, "a group has ",
+             group.heads() * call.problem().group(),
+             " query heads, 65,535 is the most that merge takes");
+  MergeParams params{};
+  params.problem = call.problem();
+  params.group = group;
+  params.positions = routed.routes.positions;
+  params.part = part;
+  params.own.data = own;
+  params.own_rows = true;
+  params.out = mutable_rows_of(out);
+  return params;
+}
+
+// gate_q and q [Tq, Hq, D], equal but for a sign that softmax_scale has lost, k, v [Tk, Hk, D] ->
+// out [Tq, Hq, D], lse float32 [Hq, Tq], block_ids int32 [Tq, Hq, K].
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Tensor v,
+                                           Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                           int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                           int64_t block_size, int64_t topk, double softmax_scale,
+                                           int64_t segment_rows, int64_t heads_per_group,
+                                           int64_t queries_per_group) {
+  MOBA_CHECK(block_size >= 1 && topk >= 1, "block_size and topk must be at least 1, got ",
+             block_size, " and ", topk);
+  const DeviceGuard guard(q.get_device_index());
+  check_shape(gate_q, "gate_q", q, q.size(0), q.size(1), q.size(2));
+  const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+                  num_slots(max_seqlen_k, block_size, topk), softmax_scale,
+                  {segment_rows, heads_per_group, queries_per_group});
+  const Problem& problem = call.problem();
+  Tensor out = torch::stable::new_empty(q, {problem.tokens_q, problem.heads_q, problem.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {problem.heads_q, problem.tokens_q}, ScalarType::Float);
+  Tensor ids = torch::stable::new_empty(q, {problem.tokens_q, problem.heads_q, problem.slots},
+                                        ScalarType::Int);
+
+  const auto select_blocks = [&] {
+    GateTopkParams gate{};
+    uint16_t* kbar;
+    const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
+      kbar = arrays.take<uint16_t>(problem.num_blocks * problem.heads_k * problem.head_dim);
+      gate.scores = arrays.take<float>(
+          problem.slots > 32 ? problem.tokens_q * problem.heads_q * problem.slots : 0);
+    });
+    if (problem.slots <= 32) gate.scores = nullptr;
+    STD_CUDA_CHECK(block_mean(problem, rows_of(k), kbar, call.stream));
+    gate.problem = problem;
+    gate.q = rows_of(gate_q);
+    gate.kbar = kbar;
+    gate.ids = mutable_data_of<int32_t>(ids);
+    STD_CUDA_CHECK(gate_topk(gate, call.stream));
+  };
+
+  for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
+    Group group{head, call.last_head(head), 0, 0};
+    auto own = call.of_call<AttendForwardParams>();
+    const int64_t own_rows = group.heads() * problem.tokens_q * problem.group();
+    const Tensor own_memory = Arrays::allocate(q, [&](Arrays& arrays) {
+      own.part_out = arrays.take<uint16_t>(own_rows * problem.head_dim);
+      own.part_lse = arrays.take<float>(own_rows);
+    });
+    call.set_own(own, group);
+    STD_CUDA_CHECK(attend_forward(own, call.stream));
+    // After the first own blocks, so that the device has work while these are launched.
+    if (head == 0 && problem.slots > 0) select_blocks();
+    for (int64_t query = 0; query < problem.tokens_q; query = call.last_query(query)) {
+      group.query_begin = query;
+      group.query_end = call.last_query(query);
+      Routed routed(call, group);
+      auto routed_rows = call.of_call<AttendForwardParams>();
+      const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
+        routed.lay_out(arrays, call, group);
+        routed_rows.part_out = arrays.take<uint16_t>(routed.entries * problem.head_dim);
+        routed_rows.part_lse = arrays.take<float>(routed.entries);
+      });
+      if (routed.entries > 0) {
+        routed.run(call, group, data_of<int32_t>(ids), routed_rows);
+        STD_CUDA_CHECK(attend_forward(routed_rows, call.stream));
+      }
+      MergeParams parts =
+          merge_params(call, group, routed, routed_rows.part_out, own.part_out, out);
+      parts.part_lse = routed_rows.part_lse;
+      parts.own_lse = own.part_lse;
+      parts.lse = mutable_data_of<float>(lse);
+      STD_CUDA_CHECK(merge(parts, call.stream));
+    }
+  }
+  return {out, lse, ids};
+}
+
+// What attend_backward writes of dq, in `rows` rows of `segments` segments or own blocks.
+void lay_out_dq(Arrays& arrays, AttendBackwardParams& params, int64_t rows, int64_t segments) {
+  const Problem& problem = params.problem;
+  const bool halves = problem.block_size > kKeyTile;
+  params.all_rows = rows;
+  params.row_tiles = rows / 64 + segments + 1;
+  params.part_dq = arrays.take<char>(rows * problem.head_dim * (halves ? 4 : 2));
+  params.turns = arrays.take<int32_t>(halves ? params.row_tiles + 1 : 0);
+}
+
+// dout [Tq, Hq, D], dlse float32 [Hq, Tq] or none, and what the forward took and gave -> dq, dk,
+// dv.
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
+                                            Tensor k, Tensor v, Tensor out, Tensor lse,
+                                            Tensor block_ids, Tensor cu_seqlens_q,
+                                            Tensor cu_seqlens_k, int64_t max_seqlen_q,
+                                            int64_t max_seqlen_k, int64_t block_size,
+                                            double softmax_scale, int64_t segment_rows,
+                                            int64_t heads_per_group, int64_t queries_per_group) {
+  const DeviceGuard guard(q.get_device_index());
+  MOBA_CHECK(block_ids.dim() == 3, "block_ids must be [Tq, Hq, K]");
+  const int64_t slots = block_ids.size(2);
+  check_packed(block_ids, "block_ids", ScalarType::Int, q.size(0) * q.size(1), slots, q);
+  const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+                  slots, softmax_scale, {segment_rows, heads_per_group, queries_per_group});
+  const Problem& problem = call.problem();
+  const int64_t tokens_q = problem.tokens_q, tokens_k = problem.tokens_k, dim = problem.head_dim;
+  const bool halves = block_size > kKeyTile;
+  MOBA_CHECK(tokens_q * problem.heads_q <= UINT32_MAX, "q has 2^32 rows or more");
+
+  RowStatsParams stats{};
+  check_shape(out, "out", q, tokens_q, problem.heads_q, dim);
+  check_shape(dout, "dout", q, tokens_q, problem.heads_q, dim);
+  check_vectors(out, "out");
+  check_packed(lse, "lse", ScalarType::Float, problem.heads_q, tokens_q, q);
+  if (dlse.has_value()) {
+    check_packed(*dlse, "dlse", ScalarType::Float, problem.heads_q, tokens_q, q);
+    stats.dlse = data_of<float>(*dlse);
+  }
+  stats.dtype = problem.dtype;
+  stats.tokens = tokens_q;
+  stats.heads = problem.heads_q;
+  stats.head_dim = dim;
+  stats.out = rows_of(out);
+  stats.dout = rows_of(dout);
+  stats.lse = data_of<float>(lse);
+  const Tensor stats_memory = Arrays::allocate(q, [&](Arrays& arrays) {
+    stats.lse_log2 = arrays.take<float>(problem.heads_q * tokens_q);
+    stats.delta = arrays.take<float>(problem.heads_q * tokens_q);
+  });
+  auto params = call.of_call<AttendBackwardParams>();
+  params.dout = vectors_of(dout, "dout");
+  params.lse_log2 = stats.lse_log2;
+  params.delta = stats.delta;
+  params.scale = static_cast<float>(softmax_scale);
+  STD_CUDA_CHECK(row_stats(stats, call.stream));
+
+  Tensor dq = torch::stable::new_empty(q, {tokens_q, problem.heads_q, dim});
+  Tensor dk = torch::stable::new_empty(q, {tokens_k, problem.heads_k, dim});
+  Tensor dv = torch::stable::new_empty(q, {tokens_k, problem.heads_k, dim});
+  for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
+    Group group{head, call.last_head(head), 0, 0};
+    const int64_t heads = group.heads(), keys = tokens_k * heads;
+    MOBA_CHECK(2 * keys <= INT32_MAX, "dk and dv of a group have 2^31 rows or more");
+    const bool one_range = call.plan.queries_per_group >= tokens_q;
+    AttendBackwardParams own = params;
+    ReduceParams keys_of{};
+    call.set_own(own, group);
+    const Tensor own_memory = Arrays::allocate(q, [&](Arrays& arrays) {
+      lay_out_dq(arrays, own, heads * tokens_q * problem.group(), heads * own.own_blocks);
+      own.part_dk = arrays.take<uint16_t>(keys * dim);
+      own.part_dv = arrays.take<uint16_t>(keys * dim);
+      for (float*& sum : keys_of.sum) sum = arrays.take<float>(one_range ? 0 : keys * dim);
+    });
+    STD_CUDA_CHECK(attend_backward(own, call.stream));
+
+    keys_of.problem = problem;
+    keys_of.problem.heads_q = keys_of.problem.heads_k = heads;
+    keys_of.group = {0, heads, 0, 0};
+    const void* const own_keys[2] = {own.part_dk, own.part_dv};
+    const Tensor* const gradients[2] = {&dk, &dv};
+    for (int i = 0; i < 2; ++i) {
+      keys_of.own[i] = {own_keys[i], heads * dim, dim};
+      keys_of.out[i] = mutable_rows_of(*gradients[i]);
+      keys_of.out[i].data = static_cast<uint16_t*>(keys_of.out[i].data) + head * dim;
+    }
+    for (int64_t query = 0; query < tokens_q; query = call.last_query(query)) {
+      group.query_begin = query;
+      group.query_end = call.last_query(query);
+      Routed routed(call, group);
+      AttendBackwardParams routed_rows = params;
+      const int64_t segments = routed.routes.max_segments;
+      const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
+        routed.lay_out(arrays, call, group);
+        lay_out_dq(arrays, routed_rows, routed.entries, segments);
+        routed_rows.part_dk = arrays.take<uint16_t>(segments * block_size * dim);
+        routed_rows.part_dv = arrays.take<uint16_t>(segments * block_size * dim);
+      });
+      routed.run(call, group, data_of<int32_t>(block_ids), routed_rows);
+      if (routed.entries > 0) STD_CUDA_CHECK(attend_backward(routed_rows, call.stream));
+      MergeParams parts = merge_params(call, group, routed, routed_rows.part_dq, own.part_dq, dq);
+      parts.halves = halves;
+      STD_CUDA_CHECK(merge_backward(parts, call.stream));
+      keys_of.first = query == 0;
+      keys_of.last = group.query_end == tokens_q;
+      keys_of.segment_offsets = routed.routes.segment_offsets;
+      keys_of.pack[0] = routed_rows.part_dk;
+      keys_of.pack[1] = routed_rows.part_dv;
+      STD_CUDA_CHECK(reduce_keys(keys_of, call.stream));
+    }
+  }
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace moba::cuda::sm90
+
+#define MOBA_SEQUENCES \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+#define MOBA_PLAN \
+  "float softmax_scale, SymInt segment_rows, SymInt heads_per_group, SymInt queries_per_group"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
+  m.def("sm90_forward(Tensor gate_q, Tensor q, Tensor k, Tensor v, " MOBA_SEQUENCES
+        "SymInt block_size, SymInt topk, " MOBA_PLAN
+        ") -> (Tensor out, Tensor lse, Tensor block_ids)");
+  m.def(
+      "sm90_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor block_ids, " MOBA_SEQUENCES "SymInt block_size, " MOBA_PLAN
+      ") -> (Tensor dq, Tensor dk, Tensor dv)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) {
+  m.impl("sm90_forward", TORCH_BOX(&moba::cuda::sm90::forward));
+  m.impl("sm90_backward", TORCH_BOX(&moba::cuda::sm90::backward));
+}
