@@ -245,7 +245,7 @@ def moba_attention_varlen(
         )
     else:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse, _ = torch.ops.moba.attention(
+        out, lse, _ = torch.ops.moba.attention.default(
             q,
             k,
             v,
