@@ -77,7 +77,7 @@ class Consumer {
     sum_rows(dv_, p_, dout, more);  // dv (+)= P^T dout
     wait_wgmma<1>();
     hold(dp_);
-    if (first + kRows >= work.rows) release(shared_ + Layout::kVEmpty);
+    if (first + kRows >= work.rows) arrive_warp(shared_ + Layout::kVEmpty);
     score_gradients();
     sync<kConsumers * kGroupThreads>(3);  // dS of both is there
     queries();
@@ -88,7 +88,7 @@ class Consumer {
     wait_wgmma<0>();
     hold(dk_);
     hold(dv_);
-    release(rows_.empty_barrier());
+    arrive_warp(rows_.empty_barrier());
     rows_.advance();
     buffer_ ^= 1;
   }
@@ -186,12 +186,6 @@ class Consumer {
     return at;
   }
 
-  // The warp has done with a stage.
-  __device__ void release(uint32_t barrier) {
-    __syncwarp();
-    if (lane() == 0) arrive(barrier);
-  }
-
   __device__ void store_dq(const Work& work, int first) {
     if constexpr (kOneTile) {
       auto* const to = static_cast<uint16_t*>(params_.part_dq) + int64_t{work.row + first} * kDim +
@@ -217,12 +211,12 @@ class Consumer {
                    float2{dq_[i] * params_.scale, dq_[i + 1] * params_.scale});
     }
     fence_async_proxy();
-    release(dq_place_.full_barrier());
+    arrive_warp(dq_place_.full_barrier());
     dq_place_.advance();
   }
 
   __device__ void finish(const Work& work) {
-    release(shared_ + Layout::kKEmpty);
+    arrive_warp(shared_ + Layout::kKEmpty);
     if (!kOneTile) wait(dq_place_.empty_barrier(), dq_place_.parity() ^ 1);  // keys go the same way
     const int first = work.tile * kKeys + index_ * 64;
     int64_t at = work.number * params_.problem.block_size * kDim, step = kDim;
@@ -287,19 +281,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       init_barrier(shared + Layout::kRowsFull + i * 8, kRowWarps * 32);
-      init_barrier(shared + Layout::kRowsEmpty + i * 8, kConsumerWarps);
+      init_barrier(shared + Layout::kRowsEmpty + i * 8, kConsumerWarps * kWarpArrivals);
     }
     for (int barrier : {Layout::kKFull, Layout::kVFull}) {
       init_barrier(shared + barrier, 32);
     }
     for (int barrier : {Layout::kKEmpty, Layout::kVEmpty, Layout::kDqFull}) {
-      init_barrier(shared + barrier, kConsumerWarps);
+      init_barrier(shared + barrier, kConsumerWarps * kWarpArrivals);
     }
     init_barrier(shared + Layout::kDqEmpty, 1);
     for (int i = 0; i < Layout::kWorkStages; ++i) {
       const uint32_t work = shared + Layout::kWork + i * kWorkBytes;
       init_barrier(work + Handout<Layout>::kFull, 1);
-      init_barrier(work + Handout<Layout>::kEmpty, kRowWarps + !kOneTile + kConsumerWarps);
+      init_barrier(work + Handout<Layout>::kEmpty,
+                   (kRowWarps + !kOneTile + kConsumerWarps) * kWarpArrivals);
     }
     fence_barrier_init();
   }

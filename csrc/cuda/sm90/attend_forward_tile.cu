@@ -415,10 +415,7 @@ class Consumer {
   }
 
   // The warp has done with a stage.
-  __device__ void release(int barrier) const {
-    __syncwarp();
-    if (lane_ == 0) arrive(shared_ + barrier);
-  }
+  __device__ void release(int barrier) const { arrive_warp(shared_ + barrier); }
 
   const AttendForwardParams& params_;
   uint32_t shared_;
@@ -438,11 +435,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kConsumers; ++i) {
       init_barrier(shared + Layout::kQFull + i * 8, 32 + 1);
-      init_barrier(shared + Layout::kQEmpty + i * 8, 4);
+      init_barrier(shared + Layout::kQEmpty + i * 8, 4 * kWarpArrivals);
     }
     for (int i = 0; i < kKeyStages; ++i) {
       init_barrier(shared + Layout::kKeyFull + i * 8, 2 * 32);
-      init_barrier(shared + Layout::kKeyEmpty + i * 8, kConsumers * 4);
+      init_barrier(shared + Layout::kKeyEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
     }
     fence_barrier_init();
   }

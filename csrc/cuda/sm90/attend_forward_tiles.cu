@@ -460,10 +460,7 @@ class Consumer {
   }
 
   // The warp has done with a stage.
-  __device__ void release(int barrier) {
-    __syncwarp();
-    if (thread_ % 32 == 0) arrive(shared_ + barrier);
-  }
+  __device__ void release(int barrier) { arrive_warp(shared_ + barrier); }
 
   const AttendForwardParams& params_;
   uint32_t shared_;
@@ -486,13 +483,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kQStages; ++i) {
       init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32);
-      init_barrier(shared + Layout::kQEmpty + i * 8, kConsumers * 4);
+      init_barrier(shared + Layout::kQEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
     }
     for (int i = 0; i < kKeyStages; ++i) {
       init_barrier(shared + Layout::kKFull + i * 8, 32);
-      init_barrier(shared + Layout::kKEmpty + i * 8, kConsumers * 4);
+      init_barrier(shared + Layout::kKEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
       init_barrier(shared + Layout::kVFull + i * 8, 32);
-      init_barrier(shared + Layout::kVEmpty + i * 8, kConsumers * 4);
+      init_barrier(shared + Layout::kVEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
     }
     fence_barrier_init();
   }

@@ -226,8 +226,7 @@ class Handout {
 
   // By a whole warp.
   __device__ void release() {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(stage_ + kEmpty);
+    arrive_warp(stage_ + kEmpty);
     advance();
   }
 
