@@ -69,6 +69,13 @@ PYBIND11_MODULE(_C, module) {
              "(query, key) pairs of one sequence and head.");
   module.def("dense_pairs", &moba::dense_pairs, py::arg("queries"), py::arg("keys"),
              "The same for full causal attention.");
+  module.def(
+      "route_table",
+      [](int64_t heads, int64_t entries_of_head, int64_t num_blocks) {
+        return moba::route_table(heads, entries_of_head, num_blocks).elements;
+      },
+      py::arg("heads"), py::arg("entries_of_head"), py::arg("num_blocks"),
+      "int32 elements of the CUDA route's table; see csrc/plan.h.");
   module.def("plan", &plan, py::kw_only(), py::arg("batch"), py::arg("tokens_q"),
              py::arg("tokens_k"), py::arg("max_seqlen_k"), py::arg("heads_q"), py::arg("heads_k"),
              py::arg("head_dim"), py::arg("block_size"), py::arg("topk"), py::arg("element_size"),

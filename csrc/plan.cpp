@@ -33,6 +33,14 @@ int64_t num_blocks(int64_t tokens_k, int64_t batch, int64_t block_size) {
   return tokens_k / block_size + batch;
 }
 
+RouteTable route_table(int64_t heads, int64_t entries_of_head, int64_t num_blocks) {
+  constexpr int64_t kMinTile = 256, kMostTiles = 8192;  // enough warps for a large GPU
+  const int64_t most = ceil_div(heads * entries_of_head, kMostTiles);
+  const int64_t tile = round_up(std::max({num_blocks, kMinTile, most}), 128);
+  const int64_t tiles = ceil_div(entries_of_head, tile);
+  return {tile, tiles, heads * tiles * num_blocks};
+}
+
 int64_t dense_pairs(int64_t queries, int64_t keys) {
   // Positions keys - queries .. keys - 1; those below zero see nothing.
   const int64_t first = std::max<int64_t>(keys - queries, 0);

@@ -26,6 +26,14 @@ int64_t num_blocks(int64_t tokens_k, int64_t batch, int64_t block_size);
 int64_t attended_pairs(int64_t queries, int64_t keys, int64_t block_size, int64_t topk);
 int64_t dense_pairs(int64_t queries, int64_t keys);
 
+// The CUDA route's table: `tiles` of `tile` entries of a KV head by the blocks. A tile has as many
+// entries as there are blocks at least, so the table is no larger than the entries.
+struct RouteTable {
+  int64_t tile, tiles;
+  int64_t elements;  // int32, of all heads
+};
+RouteTable route_table(int64_t heads, int64_t entries_of_head, int64_t num_blocks);
+
 // How the CPU backend runs a call. Work is done in groups of `heads_per_group` KV heads (all their
 // query heads) times `queries_per_group` queries, so that partials stay bounded at any length.
 // Groups depend on shapes alone, never on the number of threads, so neither do results.

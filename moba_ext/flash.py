@@ -32,7 +32,7 @@ the lists of its blocks are held, which exceeds the bound where the keys alone d
 """
 
 _ROW_TILE = 128  # rows of a FlashAttention tile, and of one of sm90
-_KEY_TILE = 128  # keys that it has on chip
+KEY_TILE = 128  # keys that it has on chip
 _L2_BYTES = 48 << 20  # of a GPU of compute capability 9.0, for the rows of q that sm90 gathers
 
 # The stages in C++ and CUDA.
@@ -123,7 +123,7 @@ def make_plan(
     slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
     segment_rows = max(1024, most)
     if sm90:
-        of_backward = 2048 if block_size <= _KEY_TILE else 4096
+        of_backward = 2048 if block_size <= KEY_TILE else 4096
         segment_rows = of_backward if backward else _ROW_TILE
     group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
     bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward, sm90)
@@ -205,7 +205,7 @@ def _sm90_group_bytes(
     """The same of sm90: the routing and what its attend returns."""
     if not backward:
         return entries * (2 * 4 + 2 * head_dim + 4)
-    dq = (4 if block_size > _KEY_TILE else 2) * head_dim
+    dq = (4 if block_size > KEY_TILE else 2) * head_dim
     return entries * (2 * 4 + dq) + segments * block_size * 4 * head_dim
 
 
@@ -237,35 +237,25 @@ def planned_sizes(
     head_dim: int,
     block_size: int,
     topk: int,
-    *,
-    sm90: bool,
 ) -> dict:
     """What ``moba_ext.plan`` reports of a call; bytes of the largest group, own blocks included."""
     call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
     group, sizes = heads_q // heads_k, []
-    plans = [make_plan(*call, backward=backward, sm90=sm90) for backward in (False, True)]
-    group_bytes = _sm90_group_bytes if sm90 else _group_bytes
+    plans = [make_plan(*call, backward=backward) for backward in (False, True)]
     for plan, backward in zip(plans, (False, True)):
         num_blocks = tokens_k // plan.block_size + batch
         entries = plan.heads_per_group * plan.queries_per_group * group * plan.slots
         segments = plan.heads_per_group * num_blocks + _ceil_div(entries, plan.segment_rows)
         routed = 0
         if plan.slots:
-            routed = group_bytes(entries, segments, plan.block_size, head_dim, backward)
-        if backward:  # dq, dk, dv of the heads of a group
+            routed = _group_bytes(entries, segments, plan.block_size, head_dim, backward)
+        if backward:  # dq, dk, dv of the heads of a group; FlashAttention's dk, dv per query head
             heads = plan.heads_per_group * group
-            own_kernel = sm90 and not plan.dense
-            of_q = 2 if own_kernel and plan.block_size > _KEY_TILE else 1  # in float32
-            own = 2 * head_dim * (of_q * heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
-            if not own_kernel:  # FlashAttention: dk, dv per query head
-                own += 4 * head_dim * heads * tokens_k if group > 1 else 0
-                own += _accumulator_bytes(
-                    tokens_q, num_blocks + batch, heads, plan.block_size, head_dim
-                )
-            else:  # lse and delta of all rows
-                own += 8 * heads_q * tokens_q
-        elif sm90 and not plan.dense:  # out and lse of the heads of a group
-            own = (2 * head_dim + 4) * plan.heads_per_group * group * tokens_q
+            own = 2 * head_dim * (heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
+            own += 4 * head_dim * heads * tokens_k if group > 1 else 0
+            own += _accumulator_bytes(
+                tokens_q, num_blocks + batch, heads, plan.block_size, head_dim
+            )
         else:  # the lse of all heads
             own = 4 * heads_q * tokens_q
         sizes.append(plan.at_once * (own + routed))

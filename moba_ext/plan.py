@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _C, flash, ops
+from . import _C, flash, ops, sm90
 from .attention import _check_positive
 
 __all__ = ["Plan", "plan"]
@@ -27,8 +27,9 @@ class Plan:
     stages: in order; without gate and routing when ``topk * block_size`` covers every sequence.
     attended_pairs, dense_pairs: (query, key) pairs per query head, of this call and of full
         causal attention.
-    forward_bytes, backward_bytes: workspace of the cpu backend; for flash an estimate, as part of
-        it is FlashAttention's own; None for the reference backend, which leaves memory to PyTorch.
+    forward_bytes, backward_bytes: workspace of cpu and sm90; for flash, and where
+        ``topk * block_size`` covers every sequence on a GPU, an estimate, as part of it is
+        FlashAttention's own; None for the reference backend, which leaves memory to PyTorch.
     heads_per_group, queries_per_group, groups: attend and merge run over groups of (KV heads,
         queries), one after another, so that workspace stays bounded at any length. Where the
         backward has other groups than the forward, these are the forward's.
@@ -132,7 +133,7 @@ def plan(
         "topk": topk,
     }
     if name in ("flash", "sm90"):
-        sizes = flash.planned_sizes(**call, sm90=name == "sm90")
+        sizes = (sm90 if name == "sm90" else flash).planned_sizes(**call)
     else:
         threads = torch.get_num_threads()
         sizes = _C.plan(**call, element_size=dtype.itemsize, threads=threads)

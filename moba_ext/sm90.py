@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import flash, varlen
+from . import _C, flash, reference, varlen
 
 # Offsets are int32, so no sequence is longer, whatever bound the caller gave.
 _LONGEST = 2**31 - 1
@@ -86,3 +86,66 @@ def backward(
         *(block_size, scale, plan.segment_rows, plan.heads_per_group, plan.queries_per_group),
     )
     return (dq if sign == 1 else dq * sign), dk, dv
+
+
+def _arrays(*sizes: int) -> int:
+    """Bytes of an allocation that holds arrays of these bytes (csrc/cuda/sm90/attention.cpp)."""
+    return sum(-(-size // 256) * 256 for size in sizes)
+
+
+def planned_sizes(
+    batch: int,
+    tokens_q: int,
+    tokens_k: int,
+    max_seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    block_size: int,
+    topk: int,
+) -> dict:
+    """What ``moba_ext.plan`` reports of a call: the bytes that it asks torch for at once."""
+    call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
+    plans = [_plan(flash.WORKSPACE_BYTES, *call, backward) for backward in (False, True)]
+    if plans[0].dense or tokens_q == 0:
+        return flash.planned_sizes(*call)
+    group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
+    slots = reference.num_slots(max_seqlen_k, block_size, topk)
+    parts = num_blocks + batch
+    of_call = _arrays(8 * (batch + 1), 4 * (parts + 1), 4 * (parts + 1))
+    row, several_tiles = 2 * head_dim, block_size > flash.KEY_TILE
+
+    def dq(rows: int, items: int) -> tuple[int, int]:
+        turns = rows // 64 + items + 2 if several_tiles else 0
+        return rows * row * (2 if several_tiles else 1), 4 * turns
+
+    sizes = []
+    for plan, backward in zip(plans, (False, True)):
+        heads = plan.heads_per_group
+        own_rows, lists, keys = heads * tokens_q * group, heads * num_blocks, heads * tokens_k
+        entries_of_head = plan.queries_per_group * group * slots
+        entries = heads * entries_of_head
+        segments = lists + -(-entries // plan.segment_rows)
+        table = _C.route_table(heads, entries_of_head, num_blocks)
+        lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1, segments + 1
+        routed = [4 * length for length in (*lengths, table)]
+        if backward:
+            sums = 4 * keys * head_dim if len(plan.query_ranges()) > 1 else 0
+            stats = _arrays(*[4 * heads_q * tokens_q] * 2)
+            own = _arrays(*dq(own_rows, heads * parts), *[keys * row] * 2, *[sums] * 2)
+            routed += [*dq(entries, segments), *[segments * block_size * row] * 2]
+            sizes.append(of_call + stats + own + _arrays(*routed))
+        else:
+            scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
+            gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
+            routed += [entries * row, 4 * entries]
+            own = _arrays(own_rows * row, 4 * own_rows)
+            sizes.append(of_call + own + max(gate, _arrays(*routed)))
+    return {
+        "dense": False,
+        "forward_bytes": sizes[0],
+        "backward_bytes": sizes[1],
+        "heads_per_group": plans[0].heads_per_group,
+        "queries_per_group": plans[0].queries_per_group,
+        "groups": len(plans[0].head_ranges()) * len(plans[0].query_ranges()),
+    }

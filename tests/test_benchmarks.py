@@ -13,6 +13,7 @@ import attention
 import common
 import inputs
 import moba_ext
+import traffic
 
 BLOCK = 32
 SIZES = 64 * BLOCK, 4, 2, 64, BLOCK
@@ -209,6 +210,18 @@ def test_kernels_go_to_their_stages():
     assert {name: ms for name, ms in found["forward"].items() if ms} == {"route": 3, "attend": 4}
     assert {name: ms for name, ms in found["backward"].items() if ms} == {"attend": 8, "other": 48}
     assert attention.stage_ms(events[:5]) is None
+
+
+def test_traffic_is_added_up_by_kernel():
+    report = """==PROF== Connected
+"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
+"","","Mbyte","byte"
+"0","void merge_kernel<float>(P)","1,500.5","500,000"
+"1","void merge_kernel<float>(P)","1","0"
+"2","other","2,000","0"
+"""
+    found = traffic.gigabytes(report)
+    assert found == {"merge_kernel": pytest.approx(1.502), "other": 2}
 
 
 def test_every_kernel_has_a_stage():

@@ -13,6 +13,7 @@ from flash_stages import DEVICE, INVALID
 from numerics import Case, self_attention
 from torch.profiler import ProfilerActivity, profile
 
+import moba_ext
 from moba_ext import flash
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
@@ -88,6 +89,53 @@ def test_small_workspace(block_size, monkeypatch):
     assert len(plan.head_ranges()) == 2 and len(plan.query_ranges()) > 1
     case = self_attention(8192, 4, 2, 128, block_size, 4)
     check(case, hot_inputs(case, torch.bfloat16))
+
+
+def requested_bytes(function) -> tuple[int, tuple]:
+    """The most that a call asks torch for at once, beyond what it returns; and that."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    results = function()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    return peak - sum(x.nbytes for x in results), results
+
+
+@pytest.mark.parametrize("workspace", [None, 2**24])
+@pytest.mark.parametrize(
+    "case",
+    [
+        self_attention(16_384, 16, 16, 128, 128, 8),
+        self_attention(20_000, 8, 2, 64, 512, 3),
+        self_attention([5000, 300, 0, 9000], 8, 1, 128, 96, 40),
+        self_attention(3000, 4, 4, 128, 200, 1),
+        Case([70, 500], [3000, 9000], 16, 4, 128, 2048, 2),
+    ],
+)
+def test_memory_is_as_planned(case, workspace, monkeypatch):
+    """To the byte, also in several groups."""
+    monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
+    inputs = random_inputs(case, torch.bfloat16)
+    sizes = case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk
+    sizes = *case.cu_seqlens(DEVICE), *sizes, None, "sm90"
+    dout = upstream(case, torch.bfloat16)[0]
+    forward, (out, lse, ids) = requested_bytes(lambda: torch.ops.moba.attention(*inputs, *sizes))
+    saved = dout, None, *inputs, out, lse, ids, *sizes
+    backward, _ = requested_bytes(lambda: torch.ops.moba.attention_backward(*saved))
+    heads = {"heads_q": case.heads_q, "heads_k": case.heads_k, "head_dim": case.head_dim}
+    plan = moba_ext.plan(
+        *(case.lengths_q, case.lengths_k),
+        **{**heads, "block_size": case.block_size, "topk": case.topk, "device": DEVICE},
+        backend="sm90",
+    )
+    assert (forward, backward) == (plan.forward_bytes, plan.backward_bytes)
+
+
+def test_a_million_tokens():
+    case = self_attention(1 << 20, 32, 8, 128, 128, 8)
+    blocks = [(0, 0), (0, 1), (0, 4000), (0, 8191)]
+    check_samples = functools.partial(flash_checks.check_samples, backend="sm90")
+    check_samples(case, random_inputs(case, torch.bfloat16), blocks)
 
 
 @pytest.mark.parametrize("topk", [1, 3, 100])
@@ -170,7 +218,7 @@ def test_graph_and_its_kernels(block_size):
         step()
         torch.cuda.synchronize()
     kernels = [e.name for e in prof.events()]
-    forward = f"attend_forward_{'tile' if block_size <= flash._KEY_TILE else 'tiles'}_kernel"
+    forward = f"attend_forward_{'tile' if block_size <= flash.KEY_TILE else 'tiles'}_kernel"
     assert sum(forward in name for name in kernels) == 2
     assert sum("attend_backward_kernel" in name for name in kernels) == 2
     assert not any("flash_fwd" in name or "flash_bwd" in name for name in kernels)

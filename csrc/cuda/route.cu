@@ -1,11 +1,13 @@
 // block_ids [Tq, Hq, K] turned around: for every (KV head, block) the entries that chose it.
 //
 // A stable counting sort of the entries of each KV head, cut into tiles, by block. Four launches:
-//   count   one thread block per tile: table[head, tile, n] = entries of the tile that chose block
-//   n tiles   one warp lane per (head, n): the table becomes its running sum over tiles lists   one
-//   thread block: running sums over lists of entries and of segments place   one warp per tile
-//   walks its entries in order, with a counter per block; the first thread
-//           blocks of the grid write the segments
+//
+//   - count, a thread block per tile: table[head, tile, n] = its entries that chose block n.
+//   - tiles, a warp lane per (head, n): the table becomes its running sum over tiles.
+//   - lists, one thread block: running sums over lists of entries and of segments.
+//   - place, a warp per tile: walks its entries in order, with a counter per block. The first
+//     thread blocks of the grid write the segments.
+//
 // Positions are sums of counts, and lanes of a warp that chose the same block are ranked by lane:
 // the result does not depend on scheduling. A tile has as many entries as there are blocks at
 // least, so the table is no larger than the entries.
@@ -14,6 +16,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/stages.h"
+#include "plan.h"
 
 namespace moba::cuda {
 namespace {
@@ -25,8 +28,6 @@ constexpr int kTileScanWarps = 16;
 constexpr int kPlaceWarps = 8;
 constexpr int kFlatThreads = 256;
 constexpr int kUnroll = 4;
-constexpr int64_t kMinTile = 256;
-constexpr int64_t kMostTiles = 8192;  // enough warps for a large GPU
 // Counters of a tile are in shared memory up to this size, else in the table: more of them would
 // leave too few warps per multiprocessor to hide the latency of either.
 constexpr int64_t kMaxShared = 48 * 1024;
@@ -69,11 +70,10 @@ Sort make_sort(const Problem& problem, const Group& group) {
   sort.heads = static_cast<uint32_t>(group.heads());
   sort.num_blocks = static_cast<uint32_t>(problem.num_blocks);
   const int64_t entries = group.queries() * problem.group() * problem.slots;
-  const int64_t tile =
-      std::max({problem.num_blocks, kMinTile, ceil_div(entries * group.heads(), kMostTiles)});
+  const RouteTable table = route_table(group.heads(), entries, problem.num_blocks);
   sort.entries = static_cast<uint32_t>(entries);
-  sort.tile = static_cast<uint32_t>(round_up(tile, 32 * kUnroll));
-  sort.tiles = static_cast<uint32_t>(ceil_div(entries, sort.tile));
+  sort.tile = static_cast<uint32_t>(table.tile);
+  sort.tiles = static_cast<uint32_t>(table.tiles);
   return sort;
 }
 
@@ -325,8 +325,8 @@ void launch(const Sort& sort, const Routes& routes, int64_t block_size, int32_t*
 }  // namespace
 
 int64_t route_workspace(const Problem& problem, const Group& group) {
-  const Sort sort = make_sort(problem, group);
-  return int64_t{sort.heads} * sort.tiles * sort.num_blocks;
+  const int64_t entries = group.queries() * problem.group() * problem.slots;
+  return route_table(group.heads(), entries, problem.num_blocks).elements;
 }
 
 cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
