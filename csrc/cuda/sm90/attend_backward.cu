@@ -79,7 +79,7 @@ class Consumer {
     hold(dp_);
     if (first + kRows >= work.rows) arrive_warp(shared_ + Layout::kVEmpty);
     score_gradients();
-    sync<kConsumers * kGroupThreads>(3);  // dS of both is there
+    sync<kConsumers * kGroupThreads>(1);  // dS of both is there
     queries();
     sum_rows(dk_, ds_, q, more);  // dk (+)= dS^T q
     wait_wgmma<1>();
@@ -237,24 +237,29 @@ class Consumer {
   }
 
   // 64 rows of kWidth columns, from registers kFirst on, as T and 16 bytes at a time, to rows
-  // `step` elements apart; those beyond `rows` are left out.
+  // `step` elements apart; those beyond `rows` are left out. A warp has 16 of the rows to itself.
   template <int kFirst, int kWidth, int kCount>
   __device__ void store(const float (&from)[kCount], float factor, uint16_t* to, int64_t step,
                         int rows) {
+    const int lane = fresh_thread_index() % 32, warp_row = thread() / 32 * 16;
     const uint32_t staging = shared_ + Layout::kStaging + index_ * Layout::kStagingBytes;
-    const uint32_t line = staging + element_at();
-    sync_warp_group(1 + index_);  // it has been read
+    const uint32_t line = staging + (warp_row + lane % 16) * 128;
+    const auto word = [&](int vector, int half) {
+      const int i = kFirst + vector * 4 + half * 2;
+      return pack<T>(from[i] * factor, from[i + 1] * factor);
+    };
+    __syncwarp();  // it has been read
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; i += 2) {
-      store_shared((line ^ i / 4 * 16) + i / 2 % 2 * 8 * 128,
-                   pack<T>(from[kFirst + i] * factor, from[kFirst + i + 1] * factor));
+    for (int j = 0; j < kWidth / 8; j += 2) {
+      store_matrices(line + ((j + lane / 16) ^ lane % 8) * 16, word(j, 0), word(j, 1),
+                     word(j + 1, 0), word(j + 1, 1));
     }
-    sync_warp_group(1 + index_);
-    constexpr int kVectors = kWidth / 8, kRowStep = kGroupThreads / kVectors;
-    const int vector = thread() % kVectors;
+    __syncwarp();
+    constexpr int kVectors = kWidth / 8, kRowStep = 32 / kVectors;
+    const int vector = lane % kVectors;
 #pragma unroll
-    for (int i = 0; i < 64 / kRowStep; ++i) {
-      const int row = thread() / kVectors + i * kRowStep;
+    for (int i = 0; i < 16 / kRowStep; ++i) {
+      const int row = warp_row + lane / kVectors + i * kRowStep;
       store_global(to + row * step + vector * 8, load_shared(staging + vector_at(64, row, vector)),
                    row < rows);
     }
