@@ -122,7 +122,9 @@ def kernels_sha256(backend: str) -> str:
     kinds = (".cu", ".cuh", ".cpp", ".h")
     files = [file for file in (ROOT / "csrc/cuda").rglob("*") if file.suffix in kinds]
     if backend == "flash":
-        files = [file for file in files if file.parent.name != "sm90"]
+        files = [file for file in files if "sm90" not in file.relative_to(ROOT).parts]
+    else:
+        files.append(ROOT / "moba_ext/sm90.py")
     files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py", ROOT / "moba_ext/varlen.py"]
     total = hashlib.sha256()
     for file in sorted(files):

@@ -81,7 +81,7 @@ def tree(tmp_path, monkeypatch):
     for name in ("csrc/cuda/deep", "benchmarks/results", "moba_ext"):
         (tmp_path / name).mkdir(parents=True)
     kernels = ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h")
-    for name in (*kernels, "moba_ext/flash.py", "moba_ext/varlen.py"):
+    for name in (*kernels, "moba_ext/flash.py", "moba_ext/sm90.py", "moba_ext/varlen.py"):
         (tmp_path / name).write_text(name)
     marks = "<!-- benchmarks/attention.py begin -->\n\n<!-- benchmarks/attention.py end -->"
     (tmp_path / "README.md").write_text(f"before\n{marks}\nafter\n")
@@ -225,7 +225,7 @@ def test_traffic_is_added_up_by_kernel():
 
 
 def test_every_kernel_has_a_stage():
-    sources = Path(common.__file__).parents[1].glob("csrc/cuda/**/*.cu")
+    sources = Path(common.__file__).parents[1].glob("csrc/cuda/**/*.cu*")
     kernels = set(re.findall(r"(\w+_kernel)\(", "".join(file.read_text() for file in sources)))
     assert kernels - {"flat_kernel"} == set(attention.STAGE_OF)  # flat: of moba::route alone
 

@@ -5,6 +5,7 @@
 // row's number modulo 8, as wgmma's 128-byte swizzle has it.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "cuda/device.cuh"
@@ -133,6 +134,10 @@ class Copies {
  private:
   uint32_t pending_ = 0;  // barrier of a load that is on its way, or 0
 };
+
+// The type that a dtype of 16 bits is in kernels.
+template <DType kType>
+using Half = std::conditional_t<kType == DType::kFloat16, __half, __nv_bfloat16>;
 
 template <typename T>
 __device__ uint32_t pack(float low, float high) {

@@ -71,14 +71,14 @@ struct AttendForwardParams : RoutedRows {
 // Partial attention of the routed rows: of every (KV head, block), the rows that chose it, packed
 // in the order of the lists, each with one softmax over the block's keys. Row i of part_out and
 // part_lse is that of entry i, below the total. Left alone: the others, and queries without keys.
-// Of blocks of at most kKeyTile keys, and of larger ones:
-cudaError_t attend_forward_tile(const AttendForwardParams& params, cudaStream_t stream);
-cudaError_t attend_forward_tiles(const AttendForwardParams& params, cudaStream_t stream);
+cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream);
 
-inline cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.block_size <= kKeyTile ? attend_forward_tile(params, stream)
-                                               : attend_forward_tiles(params, stream);
-}
+// For a dtype of 16 bits and a head_dim of 64 or 128; blocks of at most kKeyTile keys, and larger
+// ones. Each is compiled in a file of its own, in instances/.
+template <DType kType, int kDim>
+cudaError_t attend_forward_tile(const AttendForwardParams& params, cudaStream_t stream);
+template <DType kType, int kDim>
+cudaError_t attend_forward_tiles(const AttendForwardParams& params, cudaStream_t stream);
 
 struct AttendBackwardParams : RoutedRows {
   RowVectors dout;        // [Tq, Hq, D]
@@ -100,6 +100,8 @@ struct AttendBackwardParams : RoutedRows {
 };
 
 // Left alone: rows beyond the last entry, queries without keys, keys of blocks without own queries.
+cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream);
+template <DType kType, int kDim>
 cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream);
 
 // What the backward needs of every row besides q and dout.

@@ -11,12 +11,14 @@
 // Rows of q have a stride of 16 bytes more than they are long, against bank conflicts: they reach
 // the tensor cores by way of registers.
 
+#pragma once
+
 #include <cmath>
 
 #include "cuda/sm90/key_tiles.cuh"
 
 namespace moba::cuda::sm90 {
-namespace {
+namespace forward_tile {
 
 using MappedParams = Mapped<AttendForwardParams>;
 
@@ -485,17 +487,11 @@ cudaError_t launch_keys(const AttendForwardParams& params, cudaStream_t stream) 
                                          : launch_kind<T, kDim, 128>(params, stream);
 }
 
-template <typename T>
-cudaError_t launch_dim(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.head_dim == 64 ? launch_keys<T, 64>(params, stream)
-                                       : launch_keys<T, 128>(params, stream);
-}
+}  // namespace forward_tile
 
-}  // namespace
-
+template <DType kType, int kDim>
 cudaError_t attend_forward_tile(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.dtype == DType::kFloat16 ? launch_dim<__half>(params, stream)
-                                                 : launch_dim<__nv_bfloat16>(params, stream);
+  return forward_tile::launch_keys<Half<kType>, kDim>(params, stream);
 }
 
 }  // namespace moba::cuda::sm90

@@ -20,12 +20,12 @@
 // one first: an own block's rows see the first tile last, and so need not wait at their first step.
 // Each waits for its turn at every row tile, soon a step behind the one before.
 
-#include "cuda/sm90/backward_load.cuh"
+#pragma once
+
+#include "cuda/sm90/attend_backward_load.cuh"
 
 namespace moba::cuda::sm90 {
-namespace {
-
-using namespace backward;
+namespace backward {
 
 // kOwn: own blocks. kOneTile: the block is at most one tile of keys. kWhole: it is whole tiles.
 template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
@@ -356,17 +356,11 @@ cudaError_t launch_keys(const AttendBackwardParams& params, cudaStream_t stream)
                : launch<T, kDim, false, false, false>(params, stream);
 }
 
-template <typename T>
-cudaError_t launch_dim(const AttendBackwardParams& params, cudaStream_t stream) {
-  return params.problem.head_dim == 64 ? launch_keys<T, 64>(params, stream)
-                                       : launch_keys<T, 128>(params, stream);
-}
+}  // namespace backward
 
-}  // namespace
-
+template <DType kType, int kDim>
 cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream) {
-  return params.problem.dtype == DType::kFloat16 ? launch_dim<__half>(params, stream)
-                                                 : launch_dim<__nv_bfloat16>(params, stream);
+  return backward::launch_keys<Half<kType>, kDim>(params, stream);
 }
 
 }  // namespace moba::cuda::sm90

@@ -11,12 +11,14 @@
 // Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
 // its keys up to each query's.
 
+#pragma once
+
 #include <cmath>
 
 #include "cuda/sm90/key_tiles.cuh"
 
 namespace moba::cuda::sm90 {
-namespace {
+namespace forward_tiles {
 
 using MappedParams = Mapped<AttendForwardParams>;
 
@@ -528,17 +530,11 @@ cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream)
                                                 : launch<T, kDim, false, false>(params, stream);
 }
 
-template <typename T>
-cudaError_t launch_dim(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.head_dim == 64 ? launch_kind<T, 64>(params, stream)
-                                       : launch_kind<T, 128>(params, stream);
-}
+}  // namespace forward_tiles
 
-}  // namespace
-
+template <DType kType, int kDim>
 cudaError_t attend_forward_tiles(const AttendForwardParams& params, cudaStream_t stream) {
-  return params.problem.dtype == DType::kFloat16 ? launch_dim<__half>(params, stream)
-                                                 : launch_dim<__nv_bfloat16>(params, stream);
+  return forward_tiles::launch_kind<Half<kType>, kDim>(params, stream);
 }
 
 }  // namespace moba::cuda::sm90

@@ -1,0 +1,6 @@
+#include "cuda/sm90/attend_forward_tile.cuh"
+
+namespace moba::cuda::sm90 {
+template cudaError_t attend_forward_tile<DType::kFloat16, 128>(const AttendForwardParams&,
+                                                               cudaStream_t);
+}
