@@ -33,7 +33,6 @@ the lists of its blocks are held, which exceeds the bound where the keys alone d
 
 _ROW_TILE = 128  # rows of a FlashAttention tile, and of one of sm90
 KEY_TILE = 128  # keys that it has on chip
-_L2_BYTES = 48 << 20  # of a GPU of compute capability 9.0, for the rows of q that sm90 gathers
 
 # The stages in C++ and CUDA.
 _stages = torch.ops.moba
@@ -134,8 +133,6 @@ def make_plan(
         if sm90:
             sizes = _sm90_group_bytes(entries, segments, block_size, head_dim, backward)
             most_segments = min((2**31 - 1) // block_size, 2**30)
-            if not backward and heads > 1 and 2 * head_dim * heads * group * queries > _L2_BYTES:
-                return False
         else:
             sizes = at_once * _group_bytes(entries, segments, block_size, head_dim, backward)
             most_segments = min(varlen.MAX_SEQUENCES, (2**31 - 1) // block_size)

@@ -65,7 +65,8 @@ struct Shared {
 };
 
 // The items of a thread block, looked up 32 at a time, one by each lane: a run of them, and of the
-// last ones, whose blocks may have few rows for the time that their keys take, every so many.
+// last ones, whose blocks may have few rows for the time that their keys take, every so many. If
+// lists go by head, so do these, for every head.
 template <bool kOwn>
 class Run {
  public:
@@ -73,20 +74,24 @@ class Run {
       : params_(params), lane_(threadIdx.x % 32) {
     const int64_t own_rows = params.problem.block_size * params.group;
     parts_ = static_cast<int>((own_rows + kSegmentRows - 1) / kSegmentRows);
-    const int items = kOwn ? params.own_blocks * static_cast<int>(params.heads) * parts_
-                           : params.segment_offsets[params.lists];
-    const int64_t in_runs = items - items / 32;
-    const int block = blockIdx.x, blocks = gridDim.x;
-    first_ = static_cast<int>(in_runs * block / blocks);
-    run_ = static_cast<int>(in_runs * (block + 1) / blocks) - first_;
-    rest_ = static_cast<int>(in_runs) + block;
-    count_ = run_ + max(0, (items - rest_ + blocks - 1) / blocks);
+    if (kOwn) {
+      share(0, params.own_blocks * static_cast<int>(params.heads) * parts_);
+    } else if (!params.by_head) {
+      share(0, params.segment_offsets[params.lists]);
+    } else {
+      next_list_ = 0;
+    }
   }
 
   // The next item that has rows, for all lanes; false if there is none.
   __device__ bool next(Item& item) {
     do {
-      if (next_ == count_) return false;
+      while (next_ == count_) {
+        if (kOwn || next_list_ == params_.lists) return false;
+        const int begin = params_.segment_offsets[next_list_];
+        next_list_ += static_cast<int>(uint32_t{params_.list_divisor});
+        share(begin, params_.segment_offsets[next_list_]);
+      }
       const int lane = next_ % 32;
       if (lane == 0) {
         const int i = min(next_ + lane_, count_ - 1), of_rest = i - run_;
@@ -110,10 +115,23 @@ class Run {
   }
 
  private:
+  // The thread block's of the items from `begin` to `end`.
+  __device__ void share(int begin, int end) {
+    const int items = end - begin, block = blockIdx.x, blocks = gridDim.x;
+    const int64_t in_runs = items - items / 32;
+    first_ = static_cast<int>(in_runs * block / blocks);
+    run_ = static_cast<int>(in_runs * (block + 1) / blocks) - first_;
+    first_ += begin;
+    rest_ = begin + static_cast<int>(in_runs) + block;
+    count_ = run_ + max(0, (end - rest_ + blocks - 1) / blocks);
+    next_ = 0;
+  }
+
   const AttendForwardParams& params_;
   int lane_, parts_;
   int first_, run_, rest_;    // of all items: the first of the run, how many, the first of the rest
   int next_ = 0, count_ = 0;  // of the thread block's
+  int next_list_ = params_.lists;  // the first of the next head
   Item mine_;
 };
 

@@ -140,11 +140,12 @@ struct Routed {
   int32_t* workspace;
   int64_t entries, lists;
 
-  Routed(const Call& call, const Group& group) {
+  Routed(const Call& call, const Group& group, bool by_head) {
     const Problem& problem = call.problem();
     entries = call.rows(group) * problem.slots;
     lists = group.heads() * problem.num_blocks;
     routes.segment_rows = call.plan.segment_rows;
+    routes.by_head = by_head;
     routes.max_segments = lists + ceil_div(entries, routes.segment_rows);
     MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
     MOBA_CHECK(lists < INT32_MAX && routes.max_segments <= INT32_MAX / problem.block_size,
@@ -175,6 +176,9 @@ struct Routed {
     of_group.segment_lists = routes.segment_lists;
     of_group.cu_rows = routes.cu_rows;
     of_group.lists = static_cast<int32_t>(lists);
+    of_group.by_head = routes.by_head;
+    of_group.list_divisor =
+        routes.by_head ? Divisor(static_cast<uint32_t>(call.problem().num_blocks)) : of_group.heads;
     of_group.slots = Divisor(static_cast<uint32_t>(call.problem().slots));
   }
 };
@@ -248,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     for (int64_t query = 0; query < problem.tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      Routed routed(call, group);
+      Routed routed(call, group, /*by_head=*/true);
       auto routed_rows = call.of_call<AttendForwardParams>();
       const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
         routed.lay_out(arrays, call, group);
@@ -359,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     for (int64_t query = 0; query < tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      Routed routed(call, group);
+      Routed routed(call, group, /*by_head=*/false);
       AttendBackwardParams routed_rows = params;
       const int64_t segments = routed.routes.max_segments;
       const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {

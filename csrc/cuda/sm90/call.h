@@ -53,6 +53,7 @@ inline void set_tensors(RoutedRows& params, const Tensor& q, const Tensor& k, co
   params.v = vectors_of(v, "v");
   params.heads = Divisor(static_cast<uint32_t>(group.heads()));
   params.head_begin = static_cast<uint32_t>(group.head_begin);
+  params.list_divisor = params.heads;
   params.queries = static_cast<uint32_t>(group.queries());
   params.query_begin = static_cast<uint32_t>(group.query_begin);
   params.group = Divisor(static_cast<uint32_t>(problem.group()));

@@ -71,8 +71,10 @@ struct Item {
       list = routed.segment_lists[i];
       row = routed.cu_rows[i];
       rows = routed.cu_rows[i + 1] - row;
-      const auto block = static_cast<int>(static_cast<uint32_t>(list) / routed.heads);
-      head = list - block * routed.heads;
+      const uint32_t quotient = static_cast<uint32_t>(list) / routed.list_divisor;
+      const uint32_t rest = list - quotient * routed.list_divisor;
+      head = routed.by_head ? quotient : rest;
+      const auto block = static_cast<int>(routed.by_head ? rest : quotient);
       const int sequence = find_part(problem.cu_blocks, static_cast<int>(problem.batch), block);
       const auto of_sequence = static_cast<uint32_t>(block - problem.cu_blocks[sequence]);
       key =

@@ -51,7 +51,11 @@ struct RoutedRows {
   const int32_t* segment_lists;    // [max_segments]
   const int32_t* cu_rows;          // [max_segments + 1]
   int32_t lists;
-  Divisor heads;  // KV heads of the group
+  // Whether list numbers count the blocks of a head first (Routes::by_head), so that the forward
+  // has a head's rows of q in L2 while it is at that head, and by what they are to be divided.
+  bool by_head;
+  Divisor list_divisor;  // of by_head blocks, else heads
+  Divisor heads;         // KV heads of the group
   uint32_t head_begin;
   uint32_t queries, query_begin;
   Divisor slots, group;
