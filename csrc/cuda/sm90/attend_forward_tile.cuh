@@ -90,7 +90,7 @@ class Run {
         if (kOwn || next_list_ == params_.lists) return false;
         const int begin = params_.segment_offsets[next_list_];
         next_list_ += static_cast<int>(uint32_t{params_.list_divisor});
-        share(begin, params_.segment_offsets[next_list_]);
+        share(begin, params_.segment_offsets[next_list_], next_list_);
       }
       const int lane = next_ % 32;
       if (lane == 0) {
@@ -115,9 +115,10 @@ class Run {
   }
 
  private:
-  // The thread block's of the items from `begin` to `end`.
-  __device__ void share(int begin, int end) {
-    const int items = end - begin, block = blockIdx.x, blocks = gridDim.x;
+  // The thread block's of the items from `begin` to `end`; turn: a number that changes from one
+  // call to the next, so that it is not always the same ones that have one more.
+  __device__ void share(int begin, int end, int turn = 0) {
+    const int items = end - begin, blocks = gridDim.x, block = (blockIdx.x + turn) % blocks;
     const int64_t in_runs = items - items / 32;
     first_ = static_cast<int>(in_runs * block / blocks);
     run_ = static_cast<int>(in_runs * (block + 1) / blocks) - first_;

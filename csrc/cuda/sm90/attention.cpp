@@ -22,6 +22,8 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+constexpr int64_t kL2Bytes = 48 << 20;
+
 // Arrays in one allocation: `lay_out` takes them one by one, first to learn the size.
 class Arrays {
  public:
@@ -252,7 +254,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     for (int64_t query = 0; query < problem.tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      Routed routed(call, group, /*by_head=*/true);
+      const int64_t q_bytes = call.rows(group) * problem.head_dim * 2;
+      Routed routed(call, group, /*by_head=*/q_bytes > kL2Bytes);
       auto routed_rows = call.of_call<AttendForwardParams>();
       const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
         routed.lay_out(arrays, call, group);
