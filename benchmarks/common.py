@@ -76,6 +76,23 @@ def require_gpu(parser: argparse.ArgumentParser, backend: str) -> str:
         parser.error(f"--{error}")
 
 
+def command_line(name: str, doc: str, run: Callable, table: Callable, tables: Callable) -> None:
+    """What benchmarks/<name>.py does when called: measure and print a table, or write README's."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    add = parser.add_argument
+    add("--backend", default="auto", help="of moba_ext (auto)")
+    add("--repeats", type=positive, default=10, help="runs; at least 3 if over 3 s (10)")
+    add("--name", default=name, help=f"of the result file ({name})")
+    add("--commit", help="of the kernels, where the tree has no .git")
+    add("--readme", action="store_true", help="write README.md's tables")
+    options = parser.parse_args()
+    if options.readme:
+        put_into_readme(f"{name}.py", tables())
+        return
+    options.backend = require_gpu(parser, options.backend)
+    print(table(run(options)))
+
+
 def span(function: Callable) -> tuple[tuple, object]:
     """The CUDA events before and after a call, and what it returned."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

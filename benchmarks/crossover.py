@@ -82,21 +82,5 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--backend", default="auto", help="of moba_attention_varlen (auto)")
-    add("--repeats", type=common.positive, default=10, help="runs; at least 3 if over 3 s (10)")
-    add("--name", default="crossover", help="of the result file (crossover)")
-    add("--commit", help="of the kernels, where the tree has no .git")
-    add("--readme", action="store_true", help="write README.md's tables")
-    options = parser.parse_args()
-    if options.readme:
-        common.put_into_readme("crossover.py", tables())
-        return
-    options.backend = common.require_gpu(parser, options.backend)
-    print(table(run(options)))
-
-
 if __name__ == "__main__":
-    main()
+    common.command_line("crossover", __doc__, run, table, tables)

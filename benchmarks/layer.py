@@ -12,7 +12,6 @@ medians between CUDA events, fresh inputs for every run.
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import nullcontext
 
 import torch
@@ -114,23 +113,5 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--backend", default="auto", help="of MoBAConfig (auto)")
-    add("--repeats", type=common.positive, default=10, help="runs; at least 3 if over 3 s (10)")
-    add("--name", default="layer", help="of the result file (layer)")
-    add("--commit", help="of the kernels, where the tree has no .git")
-    add("--readme", action="store_true", help="write README.md's tables")
-    options = parser.parse_args()
-    if options.readme:
-        common.put_into_readme("layer.py", tables())
-        return
-    options.backend = common.require_gpu(parser, options.backend)
-    results = run(options)
-    print(json.dumps(results))
-    print(table(results))
-
-
 if __name__ == "__main__":
-    main()
+    common.command_line("layer", __doc__, run, table, tables)
