@@ -5,7 +5,7 @@
 bfloat16, head_dim 128, random q and kbar, random choices of past blocks; --hot: block 0 in every
 query's first slot. "gate_topk rising": scores rise with recency. The gate and route do all heads at
 once; of the others one KV head is timed and multiplied by their number. TFLOP count past blocks
-only, bytes are those that must be read and written once.
+only, sm90's also own ones, bytes are those that must be read and written once.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def attend(name: str, hot: bool) -> None:
     tokens, heads_q, heads_k, size, topk = row
     ops, options = torch.ops.moba, {"device": "cuda", "dtype": torch.bfloat16}
     cu, ids, scale = cu_seqlens(row), random_ids(row, hot), HEAD_DIM**-0.5
-    cu_blocks, *own = ops.flash_metadata(cu, cu, tokens, tokens, tokens, tokens, size)
+    cu_blocks, *_ = ops.flash_metadata(cu, cu, tokens, tokens, tokens, tokens, size)
     q, dout = (torch.randn(tokens, heads_q, HEAD_DIM, **options) for _ in range(2))
     k, v = (torch.randn(tokens, heads_k, HEAD_DIM, **options) for _ in range(2))
     stats = [torch.randn(heads_q, tokens, device="cuda") + shift for shift in (8, 0)]
@@ -130,21 +130,19 @@ def attend(name: str, hot: bool) -> None:
         plan = flash.make_plan(*sizes, backward=backward, sm90=True)
         heads = plan.heads_per_group
         entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = ops.flash_route(
-            ids, cu, cu_blocks, tokens, heads_k, size, plan.segment_rows, 0, heads, 0, tokens
+            *(ids, cu, cu_blocks, tokens, heads_k, size, plan.segment_rows, 0, heads, 0, tokens),
+            *(backward, not backward, cu),
         )
         routed = (entries, segment_offsets, segment_lists, cu_rows, cu, cu_blocks, size, scale)
         routed += (0, heads, 0, tokens)
-        of_own = (*own, size, scale, 0, heads)
-        pairs, own_of_heads = int(offsets[-1]) * size, own_pairs * heads
+        pairs = int(offsets[-1]) * size + own_pairs * heads
         if backward:
-            tensors = dout, q, k, v, *stats
-            call = partial(ops.sm90_attend_backward, *tensors, *routed)
-            report("attend backward", heads, call, pairs, 5)
-            call = partial(ops.sm90_own_backward, *tensors, *of_own)
-            report("own backward", heads, call, own_of_heads, 5)
+            call = partial(ops.sm90_attend_backward, dout, q, k, v, *stats, cu, *routed)
         else:
-            report("attend", heads, partial(ops.sm90_attend, q, k, v, *routed), pairs, 2)
-            report("own", heads, partial(ops.sm90_own, q, k, v, *of_own), own_of_heads, 2)
+            call = partial(ops.sm90_attend, q, k, v, cu, *routed)
+        report(
+            "attend backward" if backward else "attend", heads, call, pairs, 5 if backward else 2
+        )
 
 
 def main() -> None:

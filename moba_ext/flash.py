@@ -122,8 +122,7 @@ def make_plan(
     slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
     segment_rows = max(1024, most)
     if sm90:
-        of_backward = 2048 if block_size <= KEY_TILE else 4096
-        segment_rows = of_backward if backward else _ROW_TILE
+        segment_rows = 4096 if backward else _ROW_TILE
     group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
     bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward, sm90)
 

@@ -111,36 +111,34 @@ def planned_sizes(
         return flash.planned_sizes(*call)
     group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
     slots = reference.num_slots(max_seqlen_k, block_size, topk)
-    parts = num_blocks + batch
-    of_call = _arrays(8 * (batch + 1), 4 * (parts + 1), 4 * (parts + 1))
+    of_call = _arrays(8 * (batch + 1))
     row, several_tiles = 2 * head_dim, block_size > flash.KEY_TILE
-
-    def dq(rows: int, items: int) -> tuple[int, int]:
-        turns = rows // 64 + items + 2 if several_tiles else 0
-        return rows * row * (2 if several_tiles else 1), 4 * turns
-
     sizes = []
     for plan, backward in zip(plans, (False, True)):
         heads = plan.heads_per_group
         own_rows, lists, keys = heads * tokens_q * group, heads * num_blocks, heads * tokens_k
-        entries_of_head = plan.queries_per_group * group * slots
-        entries = heads * entries_of_head
+        rows_of_head = plan.queries_per_group * group
+        entries = heads * rows_of_head * slots
         segments = lists + -(-entries // plan.segment_rows)
-        table = _C.route_table(heads, entries_of_head, num_blocks)
+        if not backward:  # own blocks have segments of their own
+            segments += lists + -(-heads * rows_of_head // plan.segment_rows)
+        table = _C.route_table(heads, rows_of_head * slots, num_blocks)
         lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1, segments + 1
         routed = [4 * length for length in (*lengths, table)]
         if backward:
             sums = 4 * keys * head_dim if len(plan.query_ranges()) > 1 else 0
             stats = _arrays(*[4 * heads_q * tokens_q] * 2)
-            own = _arrays(*dq(own_rows, heads * parts), *[keys * row] * 2, *[sums] * 2)
-            routed += [*dq(entries, segments), *[segments * block_size * row] * 2]
+            dq = row * (2 if several_tiles else 1)
+            own = _arrays(own_rows * dq, *[sums] * 2)
+            turns = entries // 64 + segments + own_rows // 64 + lists + 2 if several_tiles else 0
+            routed += [entries * dq, 4 * (1 + turns), *[segments * block_size * row] * 2]
             sizes.append(of_call + stats + own + _arrays(*routed))
         else:
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
             gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
-            routed += [entries * row, 4 * entries]
-            own = _arrays(own_rows * row, 4 * own_rows)
-            sizes.append(of_call + own + max(gate, _arrays(*routed)))
+            rows = entries + own_rows
+            routed += [rows * row, 4 * rows, 4]
+            sizes.append(of_call + max(gate, _arrays(*routed)))
     return {
         "dense": False,
         "forward_bytes": sizes[0],

@@ -69,17 +69,17 @@ class Call(NamedTuple):
     def has_keys(self) -> Tensor:
         return reference.query_positions(*self.cu_seqlens)[1] >= 0
 
-    def route(self, group: Group, segment_rows: int) -> tuple[Tensor, ...]:
-        cu_seqlens_q, _, cu_blocks = self.sequences
+    def route(self, group: Group, segment_rows: int, every_list=False, own_first=False):
+        """entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys."""
+        cu_seqlens_q, cu_seqlens_k, cu_blocks = self.sequences
         case = self.case
         return torch.ops.moba.flash_route(
             *(self.ids.to(DEVICE), cu_seqlens_q, cu_blocks, self.tokens_k, case.heads_k),
-            *(case.block_size, segment_rows, *group),
+            *(case.block_size, segment_rows, *group, every_list, own_first, cu_seqlens_k),
         )
 
-    def wanted_route(self, group: Group, segment_rows: int) -> tuple[Tensor, ...]:
-        """entries (the used ones), positions, offsets, segment_offsets, segment_lists, cu_rows,
-        cu_keys."""
+    def wanted_route(self, group: Group, segment_rows: int, every_list=False, own_first=False):
+        """The same, of entries those that are used."""
         cu_blocks = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)
         sequence, _ = reference.query_positions(*self.cu_seqlens)
         first, blocks = cu_blocks[sequence], cu_blocks.diff()[sequence]
@@ -97,14 +97,28 @@ class Call(NamedTuple):
         entries = entries[: int(offsets[-1])]
         positions = torch.full((ids.numel(),), -1)
         positions[entries] = torch.arange(entries.numel())
-        counts = -(-offsets.diff() // segment_rows)
+        own = torch.zeros(self.num_blocks, head.shape[0], dtype=torch.long)
+        if own_first:
+            position = reference.query_positions(*self.cu_seqlens)[1]
+            block = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)[sequence]
+            block += position.clamp(min=0) // self.case.block_size
+            queries = slice(group.query_begin, group.query_end)
+            block = block[queries][position[queries] >= 0]
+            own += block.bincount(minlength=self.num_blocks)[:, None] * ids.shape[2]
+        own = -(-own.flatten() // segment_rows)
+        counts = own - (-offsets.diff() // segment_rows)
+        counts = counts.clamp(min=int(every_list))
         segment_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        used, most = int(segment_offsets[-1]), lists - (-ids.numel() // segment_rows)
+        used = int(segment_offsets[-1])
+        most = lists - (-ids.numel() // segment_rows)
+        if own_first:
+            most += lists - (-ids.shape[:3].numel() // segment_rows)
         segment_lists = torch.full((most,), -1)
         segment_lists[:used] = torch.arange(lists).repeat_interleave(counts)
         cu_rows = torch.full((most + 1,), entries.numel())
-        within = torch.arange(used) - segment_offsets[segment_lists[:used]]
-        cu_rows[:used] = offsets[segment_lists[:used]] + within * segment_rows
+        of_list = segment_lists[:used]
+        within = torch.arange(used) - segment_offsets[of_list] - own[of_list]
+        cu_rows[:used] = offsets[segment_lists[:used]] + within.clamp(min=0) * segment_rows
         cu_keys = torch.arange(most + 1).clamp(max=used) * self.case.block_size
         return entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys
 

@@ -255,6 +255,28 @@ def test_reduce_keys(case, dtype, layout, segment_rows):
             assert_within_budget(got.cpu(), total, total.float().to(dtype))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_reduce_keys_of_several_segments(case, layout):
+    """Without own parts, and leaving alone what has one segment."""
+    call = make_call(case, hot=True)
+    group = Group(0, case.heads_k, 0, call.tokens_q)
+    shape = (call.tokens_k, case.heads_k, case.head_dim)
+    offsets, packs, sums = key_parts(call, group, torch.bfloat16, 40)
+    grads = [layout(torch.full(shape, 7.0, dtype=torch.bfloat16)) for _ in range(2)]
+    torch.ops.moba.flash_reduce_keys(
+        *(offsets, *packs, None, None, *call.sequences, case.block_size, True, True),
+        *(None, None, *grads, True),
+    )
+    sequence, position = reference.query_positions(call.cu_seqlens[1], call.cu_seqlens[1])
+    block = reference.block_offsets(call.cu_seqlens[1], case.block_size)[sequence]
+    counts = offsets.diff().cpu().view(call.num_blocks, case.heads_k)
+    one = counts[block + position // case.block_size] == 1
+    for got, total in zip(grads, sums):
+        total = total.masked_fill(one[..., None], 7)
+        assert_within_budget(got.cpu(), total, total.float().bfloat16())
+
+
 def test_offsets_past_2_31():
     tokens, heads, slots = 140_000, 16, 8
     call = make_call(self_attention(tokens, 1, 1, 8, 4096, 1))

@@ -13,16 +13,17 @@ NAMES = ["positions", "offsets", "segment_offsets", "segment_lists", "cu_rows", 
 
 
 def assert_routed(call: Call, group: Group, segment_rows: int) -> None:
-    got = call.route(group, segment_rows)
-    wanted = call.wanted_route(group, segment_rows)
-    used = wanted[0].numel()
-    assert all(x.dtype == torch.int32 for x in got)
-    assert torch.equal(got[0][:used].cpu(), wanted[0].int()), "entries"
-    for name, x, y in zip(NAMES, got[1:], wanted[1:]):
-        assert torch.equal(x.cpu(), y.int()), name
-    again = call.route(group, segment_rows)
-    assert torch.equal(again[0][:used], got[0][:used])
-    assert all(torch.equal(x, y) for x, y in zip(got[1:], again[1:]))
+    for empty in ((False, False), (True, False), (False, True)):
+        got = call.route(group, segment_rows, *empty)
+        wanted = call.wanted_route(group, segment_rows, *empty)
+        used = wanted[0].numel()
+        assert all(x.dtype == torch.int32 for x in got)
+        assert torch.equal(got[0][:used].cpu(), wanted[0].int()), "entries"
+        for name, x, y in zip(NAMES, got[1:], wanted[1:]):
+            assert torch.equal(x.cpu(), y.int()), name
+        again = call.route(group, segment_rows, *empty)
+        assert torch.equal(again[0][:used], got[0][:used])
+        assert all(torch.equal(x, y) for x, y in zip(got[1:], again[1:]))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -200,8 +200,8 @@ def test_heads_that_are_one_in_memory(block_size):
 
 @pytest.mark.parametrize("block_size", [64, 192])
 def test_graph_and_its_kernels(block_size):
-    """A CUDA graph holds it; the profile shows our kernels, for routed rows and for own blocks of
-    the one group of heads, and none of FlashAttention."""
+    """A CUDA graph holds it; the profile shows our kernels for the one group of heads, and none of
+    FlashAttention."""
     case = self_attention([1500, 600], 8, 2, 128, block_size, 3)
     inputs = [x.requires_grad_() for x in random_inputs(case, torch.bfloat16)]
     douts, cu_seqlens = upstream(case, torch.bfloat16), case.cu_seqlens(DEVICE)
@@ -219,8 +219,8 @@ def test_graph_and_its_kernels(block_size):
         torch.cuda.synchronize()
     kernels = [e.name for e in prof.events()]
     forward = f"attend_forward_{'tile' if block_size <= flash.KEY_TILE else 'tiles'}_kernel"
-    assert sum(forward in name for name in kernels) == 2
-    assert sum("attend_backward_kernel" in name for name in kernels) == 2
+    assert sum(forward in name for name in kernels) == 1
+    assert sum("attend_backward_kernel" in name for name in kernels) == 1
     assert not any("flash_fwd" in name or "flash_bwd" in name for name in kernels)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -47,12 +47,14 @@ def _swapped(halves: Tensor) -> Tensor:
 class Routed:
     """The routed rows of a group, and what the ops take of them."""
 
-    def __init__(self, call: Call, group: Group, rows: int) -> None:
-        entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = call.route(group, rows)
+    def __init__(self, call: Call, group: Group, rows: int, every_list=False, own_first=False):
+        routes = call.route(group, rows, every_list, own_first)
+        entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = routes
         self.call, self.group = call, group
         self.used, segments = int(offsets[-1]), int(segment_offsets[-1])
         self.entries = entries[: self.used].long()
         self.segments = cu_rows[: segments + 1]  # offsets of those that are used
+        self.lists, self.counts = segment_lists[:segments].long(), segment_offsets.diff()
         _, cu_seqlens_k, cu_blocks = call.sequences
         self.arguments = (
             *(entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k, cu_blocks),
@@ -82,12 +84,17 @@ def assert_rows_within_budget(got, exact, plain, what: str) -> None:
 
 
 class Attended(Routed):
-    """out and lse from the kernel."""
+    """out and lse from the kernel, those of own blocks behind the others."""
 
     def __init__(self, call: Call, group: Group, inputs, scale: float, rows=SEGMENT_ROWS) -> None:
-        super().__init__(call, group, rows)
+        super().__init__(call, group, rows, own_first=True)
         self.inputs, self.scale = inputs, scale
-        self.out, self.lse = torch.ops.moba.sm90_attend(*inputs, *self.arguments, scale, *group)
+        results = torch.ops.moba.sm90_attend(
+            *(*inputs, call.sequences[0], *self.arguments, scale, *group)
+        )
+        places = self.arguments[0].numel()
+        self.out, self.lse = (x[:places] for x in results)
+        self.own = [x[places:] for x in results]
 
     def exact(self, dtype: torch.dtype):
         """out and lse of the used rows, computed in a dtype."""
@@ -106,6 +113,7 @@ class Attended(Routed):
             size = flash_checks.score_size(*self.inputs[:2], self.scale)
             assert_rows_within_budget(out, exact_out[:, None], plain_out[:, None], "out")
             assert_within_budget(lse, exact_lse, plain_lse, "lse", max(1.0, size))
+        OwnAttended(self).check()
 
 
 def part_gradients(dtype: torch.dtype, dout, q, k, v, lse_log2, delta, scale, seen=None):
@@ -130,49 +138,6 @@ def rows_of_dq(part_dq: torch.Tensor, block_size: int, dtype: torch.dtype) -> to
     return from_halves(part_dq) if halves else part_dq[:, 0]
 
 
-class Backward(Routed):
-    """Gradients from the kernel, of dout, q, k, v, lse_log2, delta; check() wants ``poisoned``."""
-
-    def __init__(self, call: Call, group: Group, inputs, scale: float, rows: int) -> None:
-        super().__init__(call, group, rows)
-        self.inputs, self.scale = inputs, scale
-        dq, self.dk, self.dv = torch.ops.moba.sm90_attend_backward(
-            *inputs, *self.arguments, scale, *group
-        )
-        self.dq = rows_of_dq(dq, call.case.block_size, inputs[1].dtype)[:, None]
-
-    def results(self) -> tuple[torch.Tensor, ...]:
-        """dq of the used rows, dk and dv of the used segments."""
-        keys = (len(self.segments) - 1) * self.call.case.block_size
-        return self.dq[: self.used], self.dk[:keys], self.dv[:keys]
-
-    def exact(self, dtype: torch.dtype):
-        """The same, computed in a dtype: rows by segment, [segments, rows of the longest]."""
-        dout, q, k, v, lse_log2, delta = self.inputs
-        query, head, head_k, token = self.places()
-        first, last = self.segments[:-1, None].long(), self.segments[1:, None]
-        row = first + torch.arange(int((last - first).max()), device=DEVICE)
-        there = row < last
-        keys, values = (x[token[first[:, 0]], head_k[first]] for x in (k, v))
-        query, head = (x[row.clamp(max=self.used - 1)] for x in (query, head))
-        of_rows = lse_log2[head, query].masked_fill(~there, torch.inf), delta[head, query]
-        dq, dk, dv = part_gradients(
-            dtype, dout[query, head], q[query, head], keys, values, *of_rows, self.scale
-        )
-        return dq[there][:, None], dk.flatten(0, 1)[:, None], dv.flatten(0, 1)[:, None]
-
-    def check(self) -> None:
-        results = self.results()
-        for whole, used in zip((self.dq, self.dk, self.dv), results):
-            assert bool(whole[len(used) :].isnan().all()), "wrote beyond what is used"
-        if not self.used:
-            return
-        with flash_checks.ordinary_memory():
-            exact, plain = map(self.exact, (torch.float64, torch.float32))
-            for name, x, *others in zip(NAMES[2:], results, exact, plain):
-                assert_rows_within_budget(x.to(self.inputs[1].dtype), *others, name)
-
-
 class Own:
     """The own blocks of some KV heads."""
 
@@ -180,14 +145,13 @@ class Own:
         self.call, self.heads, self.inputs, self.scale = call, heads, inputs, scale
         case = call.case
         self.group = case.heads_q // case.heads_k
-        self.arguments = (call.own_cu_q, call.own_cu_k, case.block_size, scale, *heads)
 
     def by_token(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows as a kernel leaves them, [heads * Tq * G, ...] -> [Tq, heads * G, ...]."""
         sizes = self.heads[1] - self.heads[0], self.call.tokens_q, self.group
         return rows.unflatten(0, sizes).transpose(0, 1).flatten(1, 2)
 
-    def blocks(self):
+    def blocks(self, query_begin: int = 0, query_end: int = 2**31):
         """Queries and keys of every block that has both, and which of the keys its rows see."""
         cu_q, cu_k = self.call.own_cu_q.tolist(), self.call.own_cu_k.tolist()
         for queries, keys in zip(zip(cu_q, cu_q[1:]), zip(cu_k, cu_k[1:])):
@@ -195,7 +159,13 @@ class Own:
             if queries.start < queries.stop and keys.start < keys.stop:
                 key = torch.arange(keys.start - keys.stop, 0, device=DEVICE)
                 query = torch.arange(queries.start - queries.stop, 0, device=DEVICE)
-                yield queries, keys, key <= query.repeat_interleave(self.group)[:, None]
+                first, last = (
+                    min(max(x, query_begin), query_end) for x in (queries.start, queries.stop)
+                )
+                query = query[first - queries.start : last - queries.start]
+                if first < last:
+                    seen = key <= query.repeat_interleave(self.group)[:, None]
+                    yield slice(first, last), keys, seen
 
     def rows(self, queries: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Of [Tq, Hq, ...] tensors, [heads, n * G, ...]."""
@@ -206,37 +176,36 @@ class Own:
         """Of [Tk, Hk, D] tensors, [heads, B, D]."""
         return [x[keys, slice(*self.heads)].transpose(0, 1) for x in tensors]
 
-    def check(self) -> None:
-        """Wants ``poisoned``: results are NaN exactly where exact() says so."""
-        with flash_checks.ordinary_memory():
-            exact, plain = map(self.exact, (torch.float64, torch.float32))
-            for name, x, y, z in zip(self.names, self.results, exact, plain):
-                there = ~y[:, 0, 0].isnan()
-                assert bool(x[~there].isnan().all()), f"{name}: written where nothing is"
-                self.check_rows(name, x[there], y[there], z[there])
-
 
 class OwnAttended(Own):
-    """out and lse [Tq, heads * G, 1] from the kernel."""
+    """out and lse [Tq, heads * G, 1] of own blocks, NaN beyond the group's queries."""
 
-    names = NAMES[:2]
-
-    def __init__(self, call: Call, heads: tuple[int, int], inputs, scale: float) -> None:
-        super().__init__(call, heads, inputs, scale)
-        out, lse = torch.ops.moba.sm90_own(*inputs, *self.arguments)
+    def __init__(self, attended: Attended) -> None:
+        self.queries = attended.group[2:]
+        super().__init__(attended.call, attended.group[:2], attended.inputs, attended.scale)
+        out, lse = attended.own
         self.results = self.by_token(out[:, 0]), self.by_token(lse[:, None])
 
     def exact(self, dtype: torch.dtype):
         """The same, computed in a dtype; NaN where a query has no keys."""
         q, k, v = self.inputs
         results = [torch.full_like(x, torch.nan, dtype=dtype) for x in self.results]
-        for queries, keys, seen in self.blocks():
+        for queries, keys, seen in self.blocks(*self.queries):
             (rows,), (of_k, of_v) = self.rows(queries, q.to(dtype)), self.keys(keys, k, v)
             scores = (rows @ of_k.to(dtype).mT * self.scale).masked_fill(~seen, -torch.inf)
             parts = scores.softmax(-1) @ of_v.to(dtype), scores.logsumexp(-1)[..., None]
             for to, x in zip(results, parts):
                 to[queries] = x.unflatten(1, (-1, self.group)).transpose(0, 1).flatten(1, 2)
         return results
+
+    def check(self) -> None:
+        """Wants ``poisoned``: results are NaN exactly where exact() says so."""
+        with flash_checks.ordinary_memory():
+            exact, plain = map(self.exact, (torch.float64, torch.float32))
+            for name, x, y, z in zip(NAMES, self.results, exact, plain):
+                there = ~y[:, 0, 0].isnan()
+                assert bool(x[~there].isnan().all()), f"{name}: written where nothing is"
+                self.check_rows(name, x[there], y[there], z[there])
 
     def check_rows(self, name: str, got, exact, plain) -> None:
         if name == "out":
@@ -245,34 +214,103 @@ class OwnAttended(Own):
         return assert_within_budget(got, exact, plain, name, max(1.0, size))
 
 
-class OwnBackward(Own):
-    """dq, dk, dv from the kernel, of dout, q, k, v, lse_log2, delta."""
+class Backward(Routed):
+    """Gradients from the kernel, of dout, q, k, v, lse_log2, delta; check() wants ``poisoned``."""
 
-    names = NAMES[2:]
+    def __init__(self, call: Call, group: Group, inputs, scale: float, rows: int) -> None:
+        super().__init__(call, group, rows, every_list=True)
+        self.inputs, self.scale = inputs, scale
+        self.own = Own(call, group[:2], inputs, scale)
+        dq, own_dq, *results = torch.ops.moba.sm90_attend_backward(
+            *inputs, call.sequences[0], *self.arguments, scale, *group
+        )
+        self.packs, self.grads = results[:2], results[2:]
+        dq, own_dq = (rows_of_dq(x, call.case.block_size, inputs[1].dtype) for x in (dq, own_dq))
+        self.dq, self.own_dq = dq[:, None], self.own.by_token(own_dq)
 
-    def __init__(self, call: Call, heads: tuple[int, int], inputs, scale: float) -> None:
-        super().__init__(call, heads, inputs, scale)
-        dq, *dkv = torch.ops.moba.sm90_own_backward(*inputs, *self.arguments)
-        dq = rows_of_dq(dq, call.case.block_size, inputs[1].dtype)
-        self.results = self.by_token(dq), *dkv
+    def keys(self):
+        """Tokens of the used segments' blocks, which of them exist, and the KV heads."""
+        case, (_, cu_k, cu_blocks) = self.call.case, self.call.sequences
+        heads = self.group.head_end - self.group.head_begin
+        block = torch.div(self.lists, heads, rounding_mode="floor")
+        sequence = torch.searchsorted(cu_blocks[1:], block, right=True)
+        in_use = sequence < len(cu_k) - 1
+        sequence = sequence.clamp(max=len(cu_k) - 2)
+        first = cu_k[sequence] + (block - cu_blocks[sequence]) * case.block_size
+        token = first[:, None] + torch.arange(case.block_size, device=DEVICE)
+        there = (token < cu_k[sequence + 1][:, None]) & in_use[:, None]
+        return token.where(there, 0), there, (self.group.head_begin + self.lists % heads)[:, None]
+
+    def by_segment(self) -> list[torch.Tensor]:
+        """dk and dv [segments, B, D], NaN beyond the keys of a block: a list's only segment writes
+        the tensors themselves, if it has all queries."""
+        size, (token, there, head_k) = self.call.case.block_size, self.keys()
+        queries = self.group.query_end - self.group.query_begin
+        direct = there & (self.counts[self.lists] == 1)[:, None] & (queries == self.call.tokens_q)
+        results = []
+        for pack, grad in zip(self.packs, self.grads):
+            rest, pack = pack[there.numel() :], pack[: there.numel(), 0].unflatten(0, (-1, size))
+            assert bool(pack[direct | ~there].isnan().all() & rest.isnan().all()), "wrote elsewhere"
+            results.append(torch.where(direct[..., None], grad[token, head_k], pack))
+            grad[token[direct], head_k.expand_as(token)[direct]] = torch.nan
+            assert bool(grad.isnan().all()), "wrote what other segments, or heads, have a part in"
+        return results
+
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """dq of the used rows and of own blocks', dk and dv by segment, without NaN."""
+        return self.dq[: self.used], *(x.nan_to_num(7) for x in (self.own_dq, *self.by_segment()))
 
     def exact(self, dtype: torch.dtype):
-        """The same, computed in a dtype; NaN for queries without keys and keys without queries."""
+        """dq of the used rows, own_dq, dk and dv by segment, computed in a dtype: rows by segment,
+        [segments, rows of the longest]. NaN where there is nothing to write."""
         dout, q, k, v, lse_log2, delta = self.inputs
-        grads = [torch.full_like(x, torch.nan, dtype=dtype) for x in self.results]
-        for queries, keys, seen in self.blocks():
-            dout_rows, q_rows, *of_rows = self.rows(queries, dout, q, lse_log2.T, delta.T)
-            of_keys = self.keys(keys, k, v)
+        token, exists, head_k = self.keys()
+        first, last = self.segments[:-1, None].long(), self.segments[1:, None]
+        row = first + torch.arange(max(int((last - first).max()), 1), device=DEVICE)
+        there = row < last
+        query, head, *_ = self.places() if self.used else 2 * [self.lists.new_zeros(1)]
+        query, head = (x[row.clamp(max=max(self.used - 1, 0))] for x in (query, head))
+        of_rows = lse_log2[head, query].masked_fill(~there, torch.inf), delta[head, query]
+        dq, *dkv = part_gradients(
+            *(dtype, dout[query, head], q[query, head], k[token, head_k], v[token, head_k]),
+            *(*of_rows, self.scale),
+        )
+        own_dq, *own_dkv = self.exact_own(dtype)
+        first_of_list = self.lists.diff(prepend=self.lists.new_full((1,), -1)) != 0
+        for x, own in zip(dkv, own_dkv):
+            own = own[token, head_k - self.group.head_begin].nan_to_num(0)
+            x += own.where(first_of_list[:, None, None], 0)
+            x[~exists] = torch.nan
+        return dq[there][:, None], own_dq, *dkv
+
+    def exact_own(self, dtype: torch.dtype):
+        """dq [Tq, heads * G, D], dk and dv [Tk, heads, D] of own blocks and the group's queries;
+        NaN for queries without keys and keys without queries."""
+        own, (dout, q, k, v, lse_log2, delta) = self.own, self.inputs
+        tensors = self.own_dq, *(x[:, slice(*self.group[:2])] for x in (k, v))
+        grads = [torch.full_like(x, torch.nan, dtype=dtype) for x in tensors]
+        for queries, keys, seen in own.blocks(*self.group[2:]):
+            dout_rows, q_rows, *of_rows = own.rows(queries, dout, q, lse_log2.T, delta.T)
+            of_keys = own.keys(keys, k, v)
             dq, *dkv = part_gradients(
                 dtype, dout_rows, q_rows, *of_keys, *of_rows, self.scale, seen
             )
-            grads[0][queries] = dq.unflatten(1, (-1, self.group)).transpose(0, 1).flatten(1, 2)
+            grads[0][queries] = dq.unflatten(1, (-1, own.group)).transpose(0, 1).flatten(1, 2)
             for grad, x in zip(grads[1:], dkv):
                 grad[keys] = x.transpose(0, 1)
         return grads
 
-    def check_rows(self, name: str, got, exact, plain) -> None:
-        assert_rows_within_budget(got.to(self.inputs[1].dtype), exact, plain, name)
+    def check(self) -> None:
+        assert bool(self.dq[self.used :].isnan().all()), "wrote beyond what is used"
+        results = self.dq[: self.used], self.own_dq, *self.by_segment()
+        with flash_checks.ordinary_memory():
+            exact, plain = map(self.exact, (torch.float64, torch.float32))
+            for name, x, y, z in zip(("dq", "own dq", "dk", "dv"), results, exact, plain):
+                there = ~y[..., 0].isnan()
+                assert bool(x[~there].isnan().all()), f"{name}: written where nothing is"
+                if there.any():
+                    x, y, z = (t[there][:, None] for t in (x, y, z))
+                    assert_rows_within_budget(x.to(self.inputs[1].dtype), y, z, name)
 
 
 def stage_inputs(call: Call, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -312,7 +350,7 @@ def backward_inputs(call: Call, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block_size", [16, 64, 100, 128, 192, 256, 300, 512])
 def test_backward_block_sizes(block_size, head_dim, dtype, poisoned):
-    call = make_call(self_attention([900, 0, 1100], 4, 2, head_dim, block_size, 3), hot=True)
+    call = make_call(self_attention([900, 0, 1, 1100], 4, 2, head_dim, block_size, 3), hot=True)
     inputs = backward_inputs(call, dtype)
     for group in call.groups():
         for rows in (1024, 64, 37):
@@ -321,9 +359,11 @@ def test_backward_block_sizes(block_size, head_dim, dtype, poisoned):
 
 SMALL = [
     Case([5, 0, 200, 1, 40], [90, 7, 240, 0, 25], 8, 2, 128, 16, 6),
+    Case([300, 2, 0], [700, 500, 300], 4, 2, 64, 160, 3),
     self_attention([90, 0, 31], 3, 1, 64, 1, 4),
     self_attention([300, 9], 6, 2, 128, 130, 3),
     self_attention(450, 16, 1, 64, 150, 2),
+    self_attention(1300, 16, 1, 64, 600, 2),  # own rows of more than a segment
 ]
 
 
@@ -343,8 +383,9 @@ def test_own_block_sizes(block_size, head_dim, dtype, poisoned):
     call = make_call(self_attention([900, 0, 1, 130, 1100], 6, 2, head_dim, block_size, 3))
     inputs = backward_inputs(call, dtype)
     for heads in ((0, 2), (1, 2)):
-        OwnAttended(call, heads, inputs[1:4], head_dim**-0.5).check()
-        OwnBackward(call, heads, inputs, head_dim**-0.5).check()
+        group = Group(*heads, 0, call.tokens_q)
+        Attended(call, group, inputs[1:4], head_dim**-0.5).check()
+        Backward(call, group, inputs, head_dim**-0.5, 1024).check()
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (16, 1)])
@@ -352,8 +393,9 @@ def test_own_block_sizes(block_size, head_dim, dtype, poisoned):
 def test_own_blocks(block_size, heads, poisoned):
     call = make_call(self_attention([70, 0, 1, 303], *heads, 64, block_size, 1))
     inputs = backward_inputs(call, torch.bfloat16)
-    OwnAttended(call, (0, heads[1]), inputs[1:4], 0.1).check()
-    OwnBackward(call, (0, heads[1]), inputs, 0.1).check()
+    for group in call.groups():
+        Attended(call, group, inputs[1:4], 0.1).check()
+        Backward(call, group, inputs, 0.1, 64).check()
 
 
 @pytest.mark.parametrize("block_size", [16, 100, 150])
@@ -361,9 +403,9 @@ def test_own_blocks_of_chunked_queries(block_size, poisoned):
     """Also more queries than keys, and none of either."""
     call = make_call(SMALL[0]._replace(block_size=block_size))
     inputs = backward_inputs(call, torch.float16)
-    for heads in ((0, 2), (0, 1), (1, 2)):
-        OwnAttended(call, heads, inputs[1:4], 0.1).check()
-        OwnBackward(call, heads, inputs, 0.1).check()
+    for group in call.groups():
+        Attended(call, group, inputs[1:4], 0.1).check()
+        Backward(call, group, inputs, 0.1, 200).check()
 
 
 @pytest.mark.parametrize("block_size", [64, 150])
@@ -374,8 +416,7 @@ def test_layouts_give_the_same_bits(block_size, poisoned):
     results = [
         (
             *Backward(call, call.groups()[0], x, 0.1, 64).results(),
-            *OwnAttended(call, (0, 2), x[1:4], 0.1).results,
-            *OwnBackward(call, (0, 2), x, 0.1).results,
+            *Attended(call, call.groups()[0], x[1:4], 0.1).own,
         )
         for x in (inputs, views)
     ]
@@ -457,12 +498,8 @@ def test_repeated_backwards_are_bit_equal(block_size, poisoned):
     call = make_call(self_attention(20_000, 8, 2, 128, block_size, 8), hot=True)
     inputs, group = backward_inputs(call, torch.bfloat16), Group(0, 2, 0, 20_000)
     first = Backward(call, group, inputs, 0.1, 1024).results()
-    own = OwnBackward(call, (0, 2), inputs, 0.1).results
-    own_out = OwnAttended(call, (0, 2), inputs[1:4], 0.1).results
     for _ in range(100):
         assert all(map(torch.equal, first, Backward(call, group, inputs, 0.1, 1024).results()))
-        assert all(map(torch.equal, own, OwnBackward(call, (0, 2), inputs, 0.1).results))
-        assert all(map(torch.equal, own_out, OwnAttended(call, (0, 2), inputs[1:4], 0.1).results))
     for rows in (100, 31):
         assert torch.equal(first[0], Backward(call, group, inputs, 0.1, rows).results()[0])
 
@@ -474,10 +511,10 @@ def test_invalid_offsets_leave_results_alone(values, block_size, poisoned):
     call = call._replace(case=call.case._replace(block_size=block_size))
     inputs = backward_inputs(call, torch.bfloat16)
     backward = Backward(call, Group(0, 1, 0, 100), inputs, 0.1, 64)
-    own = OwnAttended(call, (0, 1), inputs[1:4], 0.1), OwnBackward(call, (0, 1), inputs, 0.1)
+    attended = Attended(call, Group(0, 1, 0, 100), inputs[1:4], 0.1)
     torch.cuda.synchronize()
-    assert backward.used == 0
-    for x in (backward.dq, backward.dk, backward.dv, *own[0].results, *own[1].results):
+    assert backward.used == attended.used == 0
+    for x in (backward.dq, backward.own_dq, *backward.packs, *backward.grads, *attended.own):
         assert bool(x.isnan().all())
 
 
@@ -501,8 +538,6 @@ def test_arguments_are_checked_before_the_launch():
     ):
         with pytest.raises(RuntimeError, match=message):
             Attended(call, group, inputs, scale)
-        with pytest.raises(RuntimeError, match=message):
-            OwnAttended(call, (0, 1), inputs, scale)
 
 
 def test_arguments_of_the_backward_are_checked_before_the_launch():
@@ -525,10 +560,6 @@ def test_arguments_of_the_backward_are_checked_before_the_launch():
     ):
         with pytest.raises(RuntimeError, match=message):
             Backward(call, Group(0, 1, 0, 64), inputs, scale, 64)
-        with pytest.raises(RuntimeError, match=message):
-            OwnBackward(call, (0, 1), inputs, scale)
-    with pytest.raises(RuntimeError, match="own_cu_k must be"):
-        OwnBackward(call._replace(own_cu_k=call.own_cu_k[1:]), (0, 1), right, 0.1)
     for out, dlse, message in (
         (narrow[1], None, "head_dim must be 64 or 128, got 32"),
         (in_float[1], None, "out must be float16 or bfloat16"),

@@ -64,6 +64,7 @@ __device__ void mma(float& s00, float& s01, float& s10, float& s11, uint32_t a0,
 template <typename T, int kDim>
 struct Scorer {
   static constexpr bool kTogether = false;                // every warp may stop calling scores
+  static constexpr int kQBytes = 0;                       // of shared memory for load_q
   static constexpr int kRowGroups = kDim <= 128 ? 4 : 2;  // of a warp; q needs 64 registers
   static constexpr int kUnits = kRowGroups;
   static constexpr int kStageBytes = kTileBlocks * kDim * static_cast<int>(sizeof(T));
@@ -77,7 +78,7 @@ struct Scorer {
   // One branch around all loads: with one per load, each waited for the one before, a quarter of
   // the kernel's time.
   template <typename Row>
-  __device__ void load_q(const Row& row, int head_dim, bool aligned) {
+  __device__ void load_q(const Row& row, int head_dim, bool aligned, char*) {
     if (aligned) {
       load_q_by(row, head_dim,
                 [](const T* from) { return __ldcs(reinterpret_cast<const uint4*>(from)); });
@@ -165,7 +166,7 @@ struct Scorer {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) {
-      const T* const from = row(i);
+      const T* const from = row(i * 8 + threadIdx.x % 32 / 4);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int k = step * 32 + t * 8;
@@ -180,15 +181,15 @@ template <int kDim>
 struct Scorer<float, kDim> {
   static constexpr bool kTogether = false;
   static constexpr int kRowGroups = 4, kUnits = kRowGroups;
-  static constexpr int kStageBytes = 0;
+  static constexpr int kStageBytes = 0, kQBytes = 0;
 
   const float* q[kRowGroups];
   bool aligned_q;
 
   template <typename Row>
-  __device__ void load_q(const Row& row, int, bool aligned) {
+  __device__ void load_q(const Row& row, int, bool aligned, char*) {
 #pragma unroll
-    for (int i = 0; i < kRowGroups; ++i) q[i] = row(i);
+    for (int i = 0; i < kRowGroups; ++i) q[i] = row(i * 8 + threadIdx.x % 32 / 4);
     aligned_q = aligned;
   }
 

@@ -64,6 +64,9 @@ struct Shared {
   static constexpr int kRowTable = kScores + kRows * kPitch * 4;
   static constexpr int kHeap = kRowTable + kRows * static_cast<int>(sizeof(Row));
 
+  // q passes through the buffer for scores.
+  static_assert(!S::kTogether || S::kQBytes <= kWarpRows * kPitch * 4);
+
   static int64_t bytes(int64_t slots) { return kHeap + slots * kRows * Best::kRowBytes; }
 };
 
@@ -358,13 +361,13 @@ __global__ void __launch_bounds__(kGateThreads,
   if (owner) rows[own_row] = find_row(problem, tile, own_row);
   S scorer;
   scorer.load_q(
-      [&](int i) -> const T* {
+      [&](int of_warp) -> const T* {
         // Rows beyond the last repeat it: none of their scores is looked at.
-        const int row = min(warp_row + i * 8 + lane / 4, tile.count - 1);
+        const int row = min(warp_row + of_warp, tile.count - 1);
         return static_cast<const T*>(params.q.data) + tile.query(row) * params.q.token_stride +
                tile.head(row) * params.q.head_stride;
       },
-      head_dim, aligned_q);
+      head_dim, aligned_q, shared + Layout::kScores + warp_row * kPitch * 4);
   Best best(static_cast<int>(problem.slots),
             reinterpret_cast<int64_t*>(shared + Layout::kHeap) + own_row,
             owner ? row_output(params, rows[own_row].output) : RowOutput{});

@@ -7,11 +7,12 @@
 // merge: a row's parts lie all over the memory, so that many must be on their way at once: they
 // come by asynchronous copies, ahead of the arithmetic, to the warp that merges them.
 //
-// reduce_keys: rows in order over thread blocks, `columns` threads with 16 bytes each per row.
+// reduce_keys: keys in order over thread blocks, as many threads per key as it has 16 bytes.
 
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/blocks.cuh"
 #include "cuda/device.cuh"
 #include "cuda/stages.h"
 
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMergeBytes = 12288;  // of a warp's parts in shared memory
-constexpr int kSegmentChunk = 2;
+constexpr int kPieceKeys = 64;      // keys that a thread block of reduce_keys takes
 constexpr uint32_t kMaxGridY = 65535;
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kMaxHeadDim <= kThreads, "scalar loads need a thread per element of a head");
@@ -285,23 +286,34 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
   M(args, shared).run();
 }
 
-// Segments [first, last) of a key's list, and whether its own part counts: someone's own block.
-struct KeyParts {
-  int64_t first = 0, last = 0, row = 0;  // row of the key within a block
-  bool owned = false;
+// Some keys of a block and the segments [first, last) of their list.
+struct BlockKeys {
+  int64_t token = 0;  // of the first
+  int count = 0;
+  int row = 0;  // of the first within the block
+  int32_t first = 0, last = 0;
+  bool owned = false;  // their own part counts: it is someone's own block
 };
 
-__device__ KeyParts find_parts(const ReduceParams& params, int64_t head, int64_t token) {
+// piece: of the blocks of the table, kPieceKeys keys each.
+__device__ BlockKeys find_keys(const ReduceParams& params, uint32_t head, uint32_t piece) {
   const Problem& problem = params.problem;
-  const int64_t b = find_part(problem.cu_seqlens_k, problem.batch, token);
-  const int64_t begin = problem.cu_seqlens_k[b], keys = problem.cu_seqlens_k[b + 1] - begin;
-  const int64_t queries = problem.cu_seqlens_q[b + 1] - problem.cu_seqlens_q[b];
-  const uint32_t position = static_cast<uint32_t>(token - begin);
-  const uint32_t size = static_cast<uint32_t>(problem.block_size);
-  const int64_t block = position / size, end = (block + 1) * problem.block_size;
-  const int32_t* const of_list =
-      params.segment_offsets + (problem.cu_blocks[b] + block) * problem.heads_k + head;
-  return {of_list[0], of_list[1], position % size, (end < keys ? end : keys) > keys - queries};
+  const int64_t size = problem.block_size;
+  const auto pieces = static_cast<uint32_t>((size + kPieceKeys - 1) / kPieceKeys);
+  const uint32_t n = piece / pieces, row = piece % pieces * kPieceKeys;
+  if (problem.cu_blocks[0] != 0) {  // invalid: every key once
+    const int64_t token = n * size + row;
+    const int64_t left = min(size - row, problem.tokens_k - token);
+    return {token, static_cast<int>(min(left, int64_t{kPieceKeys}))};
+  }
+  const TableBlock block(problem, static_cast<int>(n));
+  const int32_t* const of_list = params.segment_offsets + int64_t{n} * problem.heads_k + head;
+  return {block.key + row,
+          min(block.keys - static_cast<int>(row), kPieceKeys),
+          static_cast<int>(row),
+          of_list[0],
+          of_list[1],
+          OwnQueries(problem, block, 0, INT32_MAX).count() > 0};
 }
 
 template <int kWidth>
@@ -327,72 +339,71 @@ __device__ void store_floats(float* to, const float (&sum)[kWidth]) {
   }
 }
 
-// Rows (head, key) in order over thread blocks, threads as above, each for dk and dv: both have the
-// same parts, and their loads are in flight together.
+// A thread block per KV head and piece of a block, heads fastest, `columns` threads per key, for dk
+// and dv. The own part and the first segment's are asked for before anything is added.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     reduce_keys_kernel(const __grid_constant__ ReduceParams params, uint32_t heads) {
   using Load = Vector<T, kWidth>;
   const Problem& problem = params.problem;
-  const uint32_t columns = static_cast<uint32_t>(problem.head_dim) / kWidth;
-  const uint32_t lanes = kThreads / columns;
-  const uint32_t lane = threadIdx.x / columns;
-  const uint32_t row = blockIdx.x * lanes + lane;
-  const uint32_t tokens = static_cast<uint32_t>(problem.tokens_k);
-  if (lane >= lanes || row >= heads * tokens) return;
-  const int64_t column = threadIdx.x % columns * kWidth;
-  const int64_t head = row / tokens, token = row % tokens;
-  const int64_t carried = (token * heads + head) * problem.head_dim + column;
-
-  const bool valid = problem.cu_blocks[0] == 0;
-  const KeyParts parts = valid ? find_parts(params, head, token) : KeyParts{};
-  float sum[2][kWidth] = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const Rows& own = params.own[i];
-    if (!params.first) {
-      add_floats(params.sum[i] + carried, sum[i]);
-    } else if (parts.owned) {
-      add_scaled(load<Load>(static_cast<const T*>(own.data) + token * own.token_stride +
-                            head * own.head_stride + column),
-                 1.0f, sum[i]);
-    }
-  }
-  const int64_t in_segment = parts.row * problem.head_dim + column;
+  const uint32_t head = blockIdx.x % heads;
+  const BlockKeys keys = find_keys(params, head, blockIdx.x / heads);
+  if (params.several && keys.last - keys.first == 1) return;
+  const int columns = static_cast<int>(problem.head_dim) / kWidth, lanes = kThreads / columns;
+  const int lane = static_cast<int>(threadIdx.x) / columns;
+  const int64_t column = static_cast<int>(threadIdx.x) % columns * kWidth;
+  const bool owned = params.first && keys.owned && params.own[0].data != nullptr;
   const int64_t step = problem.block_size * problem.head_dim;  // from segment to segment
-  for (int64_t segment = parts.first; segment < parts.last; segment += kSegmentChunk) {
-    Load loaded[2][kSegmentChunk];
-#pragma unroll
-    for (int s = 0; s < kSegmentChunk; ++s) {
+  for (int key = lane; lane < lanes && key < keys.count; key += lanes) {
+    const int64_t token = keys.token + key;
+    Load own[2] = {}, segment[2];
+    if (owned) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        loaded[i][s] = Load{};
-        if (segment + s < parts.last) {
-          loaded[i][s] =
-              load<Load>(static_cast<const T*>(params.pack[i]) + (segment + s) * step + in_segment);
-        }
+        const Rows& rows = params.own[i];
+        own[i] = load<Load>(static_cast<const T*>(rows.data) + token * rows.token_stride +
+                            head * rows.head_stride + column);
       }
     }
+    int64_t at = keys.first * step + (keys.row + key) * problem.head_dim + column;
+    int left = keys.last - keys.first;
+    const auto load_segment = [&] {
 #pragma unroll
-    for (int s = 0; s < kSegmentChunk; ++s) {
+      for (int i = 0; i < 2; ++i) {
+        segment[i] = Load{};
+        if (left > 0) segment[i] = load<Load>(static_cast<const T*>(params.pack[i]) + at);
+      }
+      at += step;
+    };
+    load_segment();
+    const int64_t carried = (token * heads + head) * problem.head_dim + column;
+    float sum[2][kWidth] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) add_scaled(loaded[i][s], 1.0f, sum[i]);
+    for (int i = 0; i < 2; ++i) {
+      if (!params.first) add_floats(params.sum[i] + carried, sum[i]);
+      add_scaled(own[i], 1.0f, sum[i]);
     }
-  }
+    for (;;) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (!params.last) {
-      store_floats(params.sum[i] + carried, sum[i]);
-      continue;
+      for (int i = 0; i < 2; ++i) add_scaled(segment[i], 1.0f, sum[i]);
+      if (--left <= 0) break;
+      load_segment();
     }
-    if (!valid) {
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) sum[i][c] = NAN;
+    for (int i = 0; i < 2; ++i) {
+      if (!params.last) {
+        store_floats(params.sum[i] + carried, sum[i]);
+        continue;
+      }
+      if (problem.cu_blocks[0] != 0) {
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) sum[i][c] = NAN;
+      }
+      const MutableRows& out = params.out[i];
+      store<T, kWidth>(
+          static_cast<T*>(out.data) + token * out.token_stride + head * out.head_stride + column,
+          sum[i]);
     }
-    const MutableRows& out = params.out[i];
-    store<T, kWidth>(
-        static_cast<T*>(out.data) + token * out.token_stride + head * out.head_stride + column,
-        sum[i]);
   }
 }
 
@@ -448,12 +459,14 @@ cudaError_t merge_any(const MergeParams& params, cudaStream_t stream) {
 }
 
 template <typename T, int kWidth>
-void launch_reduce(const ReduceParams& params, cudaStream_t stream) {
-  const int64_t lanes = kThreads / (params.problem.head_dim / kWidth);
-  const int64_t rows = params.group.heads() * params.problem.tokens_k;
-  reduce_keys_kernel<T, kWidth>
-      <<<static_cast<unsigned>(ceil_div(rows, lanes)), kThreads, 0, stream>>>(
-          params, static_cast<uint32_t>(params.group.heads()));
+cudaError_t launch_reduce(const ReduceParams& params, cudaStream_t stream) {
+  const Problem& problem = params.problem;
+  const int64_t heads = params.group.heads();
+  const int64_t pieces = problem.num_blocks * ceil_div(problem.block_size, kPieceKeys);
+  if (heads * pieces > INT32_MAX) return cudaErrorInvalidConfiguration;
+  reduce_keys_kernel<T, kWidth><<<static_cast<unsigned>(heads * pieces), kThreads, 0, stream>>>(
+      params, static_cast<uint32_t>(heads));
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -476,15 +489,13 @@ cudaError_t reduce_keys(const ReduceParams& params, cudaStream_t stream) {
            vectors(params.own[i].data, params.own[i].token_stride, params.own[i].head_stride) &&
            vectors(params.out[i].data, params.out[i].token_stride, params.out[i].head_stride);
   }
-  if (params.group.heads() * problem.tokens_k > 0) {
-    if (problem.dtype == DType::kFloat16) {
-      wide ? launch_reduce<__half, 8>(params, stream) : launch_reduce<__half, 1>(params, stream);
-    } else {
-      wide ? launch_reduce<__nv_bfloat16, 8>(params, stream)
-           : launch_reduce<__nv_bfloat16, 1>(params, stream);
-    }
+  if (params.group.heads() * problem.tokens_k == 0) return cudaGetLastError();
+  if (problem.dtype == DType::kFloat16) {
+    return wide ? launch_reduce<__half, 8>(params, stream)
+                : launch_reduce<__half, 1>(params, stream);
   }
-  return cudaGetLastError();
+  return wide ? launch_reduce<__nv_bfloat16, 8>(params, stream)
+              : launch_reduce<__nv_bfloat16, 1>(params, stream);
 }
 
 }  // namespace moba::cuda

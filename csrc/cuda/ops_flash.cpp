@@ -113,11 +113,12 @@ std::tuple<Tensor, Tensor, Tensor> flash_metadata(Tensor cu_seqlens_q, Tensor cu
   return {cu_blocks, own_cu_q, own_cu_k};
 }
 
-// block_ids int32 [Tq, Hq, K] -> the arrays of Routes, all int32.
+// block_ids int32 [Tq, Hq, K] -> the arrays of Routes, all int32. own_first wants cu_seqlens_k.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
     Tensor block_ids, Tensor cu_seqlens_q, Tensor cu_blocks, int64_t tokens_k, int64_t heads_k,
     int64_t block_size, int64_t segment_rows, int64_t head_begin, int64_t head_end,
-    int64_t query_begin, int64_t query_end) {
+    int64_t query_begin, int64_t query_end, bool every_list, bool own_first,
+    std::optional<Tensor> cu_seqlens_k) {
   MOBA_CHECK(block_ids.dim() == 3, "block_ids must be [Tq, Hq, K]");
   check_packed(block_ids, "block_ids", ScalarType::Int, block_ids.size(0) * block_ids.size(1),
                block_ids.size(2), cu_blocks);
@@ -126,13 +127,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
   problem.heads_q = block_ids.size(1);
   problem.slots = block_ids.size(2);
   problem.heads_k = heads_k;
-  set_sequences(problem, cu_blocks, cu_seqlens_q, std::nullopt);
+  set_sequences(problem, cu_blocks, cu_seqlens_q, cu_seqlens_k);
   set_blocks(problem, tokens_k, block_size);
   const Group group{head_begin, head_end, query_begin, query_end};
-  const int64_t entries = check_group(problem, group) * problem.slots;
+  const int64_t rows = check_group(problem, group), entries = rows * problem.slots;
+  MOBA_CHECK(!own_first || cu_seqlens_k.has_value(), "own_first needs cu_seqlens_k");
   MOBA_CHECK(segment_rows >= 1, "segment_rows must be at least 1, got ", segment_rows);
   const int64_t lists = group.heads() * problem.num_blocks;
-  const int64_t segments = lists + ceil_div(entries, segment_rows);
+  int64_t segments = lists + ceil_div(entries, segment_rows);
+  if (own_first) segments += lists + ceil_div(rows, segment_rows);
   MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
   MOBA_CHECK(lists < INT32_MAX && segments <= INT32_MAX / block_size,
              "the segments of a group have 2^31 keys or more");
@@ -152,7 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
                       mutable_data_of<int32_t>(cu_keys),
                       segments,
                       segment_rows,
-                      /*by_head=*/false};
+                      /*by_head=*/false,
+                      every_list,
+                      own_first};
   STD_CUDA_CHECK(route(problem, group, data_of<int32_t>(block_ids), routes,
                        mutable_data_of<int32_t>(workspace), current_stream(block_ids)));
   return {sorted, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys};
@@ -325,13 +330,14 @@ void flash_merge_backward(Tensor positions, Tensor part_dq, Tensor own_dq, Tenso
 }
 
 // dk_pack, dv_pack [S * B, 1, D] of a range of queries, added in place to sum_dk, sum_dv float32
-// [Tk, heads, D]. The first range starts them from own_dk, own_dv [Tk, heads, D], the last writes
-// dk, dv [Tk, heads, D] instead; without sums there is one range.
+// [Tk, heads, D]. The first range starts them from own_dk, own_dv [Tk, heads, D], if there are any,
+// the last writes dk, dv [Tk, heads, D] instead; without sums there is one range. several: leaves
+// keys alone whose block has one segment.
 void flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack,
                        std::optional<Tensor> own_dk, std::optional<Tensor> own_dv,
                        Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_blocks,
                        int64_t block_size, bool first, bool last, std::optional<Tensor> sum_dk,
-                       std::optional<Tensor> sum_dv, Tensor dk, Tensor dv) {
+                       std::optional<Tensor> sum_dv, Tensor dk, Tensor dv, bool several) {
   ReduceParams params{};
   Problem& problem = params.problem;
   problem.dtype = half_dtype(dk, "dk");
@@ -346,6 +352,7 @@ void flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack,
   params.group = {0, heads, 0, 0};
   params.first = first;
   params.last = last;
+  params.several = several;
   check_vector(segment_offsets, "segment_offsets", ScalarType::Int, heads * problem.num_blocks + 1,
                dk);
   params.segment_offsets = data_of<int32_t>(segment_offsets);
@@ -357,7 +364,7 @@ void flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack,
     MOBA_CHECK(pack.size(0) % block_size == 0, "dk_pack, dv_pack must have whole blocks");
     params.pack[i] = pack.const_data_ptr();
     params.out[i] = mutable_rows_of(out);
-    MOBA_CHECK(!first || own.has_value(), "the first range needs own_dk and own_dv");
+    MOBA_CHECK(own_dk.has_value() == own_dv.has_value(), "own_dk and own_dv must come together");
     if (own.has_value()) {
       check_shape(*own, "own_dk, own_dv", dk, problem.tokens_k, heads, problem.head_dim);
       params.own[i] = rows_of(*own);
@@ -389,7 +396,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
   m.def(
       "flash_route(Tensor block_ids, Tensor cu_seqlens_q, Tensor cu_blocks, SymInt tokens_k, "
       "SymInt heads_k, SymInt block_size, SymInt segment_rows, " MOBA_GROUP
-      ") -> (Tensor entries, Tensor positions, Tensor offsets, Tensor segment_offsets, "
+      ", bool every_list=False, bool own_first=False, Tensor? cu_seqlens_k=None) -> "
+      "(Tensor entries, Tensor positions, Tensor offsets, Tensor segment_offsets, "
       "Tensor segment_lists, Tensor cu_rows, Tensor cu_keys)");
   m.def(
       "flash_gather(Tensor[] sources, Tensor? lse, Tensor entries, Tensor offsets, "
@@ -408,7 +416,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
       "flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack, Tensor? own_dk, "
       "Tensor? own_dv, " MOBA_SEQUENCES
       ", SymInt block_size, bool first, bool last, Tensor(a!)? sum_dk, Tensor(b!)? sum_dv, "
-      "Tensor(c!) dk, Tensor(d!) dv) -> ()");
+      "Tensor(c!) dk, Tensor(d!) dv, bool several=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) {

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 
+#include "cuda/blocks.cuh"
 #include "cuda/device.cuh"
 #include "cuda/stages.h"
 #include "plan.h"
@@ -98,28 +99,38 @@ __device__ Sequence find_sequence_of_query(const Sort& sort, uint32_t query) {
   return sequence;
 }
 
-// Block table rows, or -1, of entries first + u * step, for those below `end`.
-__device__ void load_blocks(const Sort& sort, uint32_t head, uint32_t first, uint32_t step,
-                            uint32_t end, Sequence& sequence, int32_t (&blocks)[kUnroll]) {
+// Entries first + u * step, those below `end`: their queries, and what ids has of them, or -1.
+struct Entries {
   uint32_t queries[kUnroll];
+  int32_t ids[kUnroll];
+
+  __device__ void load(const Sort& sort, uint32_t head, uint32_t first, uint32_t step,
+                       uint32_t end) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const uint32_t entry = first + u * step;
-    const uint32_t query = entry / sort.query_entries, rest = entry % sort.query_entries;
-    queries[u] = sort.query_begin + query;
-    blocks[u] = -1;
-    if (entry < end) {
-      blocks[u] = sort.ids[queries[u] * sort.query_stride +
-                           int64_t{sort.head_begin + head} * sort.query_entries + rest];
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t entry = first + u * step;
+      const uint32_t query = entry / sort.query_entries, rest = entry % sort.query_entries;
+      queries[u] = sort.query_begin + query;
+      ids[u] = -1;
+      if (entry < end) {
+        ids[u] = sort.ids[queries[u] * sort.query_stride +
+                          int64_t{sort.head_begin + head} * sort.query_entries + rest];
+      }
     }
   }
+
+  // Their block table rows, or -1.
+  __device__ void find_blocks(const Sort& sort, Sequence& sequence,
+                              int32_t (&blocks)[kUnroll]) const {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    if (blocks[u] < 0) continue;
-    if (queries[u] >= sequence.query_end) sequence = find_sequence_of_query(sort, queries[u]);
-    blocks[u] = blocks[u] < sequence.blocks ? sequence.first_block + blocks[u] : -1;
+    for (int u = 0; u < kUnroll; ++u) {
+      blocks[u] = -1;
+      if (ids[u] < 0) continue;
+      if (queries[u] >= sequence.query_end) sequence = find_sequence_of_query(sort, queries[u]);
+      if (ids[u] < sequence.blocks) blocks[u] = sequence.first_block + ids[u];
+    }
   }
-}
+};
 
 template <bool kShared>
 __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t* table) {
@@ -132,8 +143,10 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   const uint32_t end = min(begin + sort.tile, sort.entries);
   Sequence sequence;
   for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * kCountThreads) {
+    Entries entries;
     int32_t blocks[kUnroll];
-    load_blocks(sort, head, first, kCountThreads, end, sequence, blocks);
+    entries.load(sort, head, first, kCountThreads, end);
+    entries.find_blocks(sort, sequence, blocks);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (blocks[u] >= 0) atomicAdd(counts + blocks[u], 1);
@@ -144,10 +157,20 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += kCountThreads) row[n] = counts[n];
 }
 
+// Segments without entries of a block's list: see Routes::own_first.
+__device__ int32_t own_segments(const Problem& problem, const Group& group, const Routes& routes,
+                                uint32_t n) {
+  if (problem.cu_blocks[0] != 0) return 0;
+  const OwnQueries own(problem, TableBlock(problem, static_cast<int>(n)),
+                       static_cast<int>(group.query_begin), static_cast<int>(group.query_end));
+  const int64_t rows = own.count() * (problem.heads_q / problem.heads_k);
+  return static_cast<int32_t>((rows + routes.segment_rows - 1) / routes.segment_rows);
+}
+
 // 32 lists per thread block, its warps take runs of tiles. Leaves the length of list i in
-// offsets[i + 1].
+// offsets[i + 1], and the number of its segments without entries in segment_offsets[i + 1].
 __global__ void __launch_bounds__(kTileScanWarps * 32)
-    tiles_kernel(Sort sort, int32_t* table, int32_t* offsets) {
+    tiles_kernel(Sort sort, Problem problem, Group group, Routes routes, int32_t* table) {
   __shared__ int32_t sums[kTileScanWarps][32];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t columns = (sort.num_blocks + 31) / 32;
@@ -180,7 +203,11 @@ __global__ void __launch_bounds__(kTileScanWarps * 32)
     }
   }
   if (warp == kTileScanWarps - 1 && inside) {
-    offsets[sort.list(head, n) + 1] = before;
+    const int64_t list = sort.list(head, n);
+    routes.offsets[list + 1] = before;
+    if (routes.own_first) {
+      routes.segment_offsets[list + 1] = own_segments(problem, group, routes, n);
+    }
   }
 }
 
@@ -199,8 +226,12 @@ __global__ void __launch_bounds__(kScanThreads) lists_kernel(int64_t lists, Rout
     int64_t counts[kScanItems], sum = 0;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) {
-      const uint32_t rows = first + i < lists ? routes.offsets[first + i + 1] : 0;
-      counts[i] = int64_t{(rows + segment_rows - 1) / segment_rows} << 32 | rows;
+      counts[i] = 0;
+      if (first + i >= lists) continue;
+      const uint32_t rows = routes.offsets[first + i + 1];
+      uint32_t segments = (rows + segment_rows - 1) / segment_rows;
+      if (routes.own_first) segments += routes.segment_offsets[first + i + 1];
+      counts[i] = int64_t{max(segments, uint32_t{routes.every_list})} << 32 | rows;
       sum += counts[i];
     }
     int64_t total;
@@ -225,7 +256,12 @@ __device__ void write_segment(const Routes& routes, int64_t lists, int64_t block
   int64_t list = -1, begin = routes.offsets[lists];
   if (segment < used) {
     list = find_part(routes.segment_offsets, lists, segment);
-    begin = routes.offsets[list] + (segment - routes.segment_offsets[list]) * routes.segment_rows;
+    const int64_t begin_of_list = routes.offsets[list];
+    // Those with entries are the last ones.
+    const int64_t entries = routes.offsets[list + 1] - begin_of_list;
+    const int64_t after = routes.segment_offsets[list + 1] - segment;
+    const int64_t of_entries = (entries + routes.segment_rows - 1) / routes.segment_rows;
+    begin = begin_of_list + max(of_entries - after, int64_t{0}) * routes.segment_rows;
   }
   if (segment < routes.max_segments) routes.segment_lists[segment] = static_cast<int32_t>(list);
   routes.cu_rows[segment] = static_cast<int32_t>(begin);
@@ -261,9 +297,12 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
   }
 
   Sequence sequence;
+  Entries ahead;
+  ahead.load(sort, head, begin + lane, 32, end);
   for (uint32_t first = begin + lane; first - lane < end; first += kUnroll * 32) {
     int32_t blocks[kUnroll];
-    load_blocks(sort, head, first, 32, end, sequence, blocks);
+    ahead.find_blocks(sort, sequence, blocks);
+    ahead.load(sort, head, first + kUnroll * 32, 32, end);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const uint32_t entry = first + u * 32;
@@ -298,8 +337,8 @@ __global__ void __launch_bounds__(kFlatThreads)
 }
 
 template <bool kShared>
-void launch(const Sort& sort, const Routes& routes, int64_t block_size, int32_t* table,
-            cudaStream_t stream) {
+void launch(const Sort& sort, const Problem& problem, const Group& group, const Routes& routes,
+            int32_t* table, cudaStream_t stream) {
   const int64_t lists = int64_t{sort.heads} * sort.num_blocks;
   const uint32_t tiles = sort.heads * sort.tiles;
   const int64_t counter_bytes = kShared ? counters_bytes(sort.num_blocks) : 0;
@@ -307,8 +346,8 @@ void launch(const Sort& sort, const Routes& routes, int64_t block_size, int32_t*
     count_kernel<kShared><<<tiles, kCountThreads, counter_bytes, stream>>>(sort, table);
   if (lists > 0) {
     const uint32_t columns = (sort.num_blocks + 31) / 32;
-    tiles_kernel<<<sort.heads * columns, kTileScanWarps * 32, 0, stream>>>(sort, table,
-                                                                           routes.offsets);
+    tiles_kernel<<<sort.heads * columns, kTileScanWarps * 32, 0, stream>>>(sort, problem, group,
+                                                                           routes, table);
   }
   lists_kernel<<<1, kScanThreads, 0, stream>>>(lists, routes);
   int64_t warps = kPlaceWarps;
@@ -318,7 +357,7 @@ void launch(const Sort& sort, const Routes& routes, int64_t block_size, int32_t*
   const int64_t grid = segment_blocks + ceil_div(tiles, warps);
   if (grid > 0) {
     place_kernel<kShared><<<grid, warps * 32, warps * counter_bytes, stream>>>(
-        sort, routes, block_size, static_cast<uint32_t>(segment_blocks), table);
+        sort, routes, problem.block_size, static_cast<uint32_t>(segment_blocks), table);
   }
 }
 
@@ -336,9 +375,9 @@ cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids
   sort.head_step = routes.by_head ? sort.num_blocks : 1;
   sort.block_step = routes.by_head ? 1 : sort.heads;
   if (counters_bytes(problem.num_blocks) <= kMaxShared) {
-    launch<true>(sort, routes, problem.block_size, workspace, stream);
+    launch<true>(sort, problem, group, routes, workspace, stream);
   } else {
-    launch<false>(sort, routes, problem.block_size, workspace, stream);
+    launch<false>(sort, problem, group, routes, workspace, stream);
   }
   return cudaGetLastError();
 }

@@ -69,9 +69,13 @@ struct Routes {
   int32_t* segment_lists;    // [max_segments] list of every segment, -1 where not used
   int32_t* cu_rows;          // [max_segments + 1] of the segments in entries, total where not used
   int32_t* cu_keys;          // [max_segments + 1] min(segment, used segments) * B
-  int64_t max_segments;      // lists + ceil(R * K / segment_rows) is enough
+  int64_t max_segments;  // lists + ceil(R * K / segment_rows) is enough, and as much for own_first
   int64_t segment_rows;
-  bool by_head;  // lists are numbered (head_k - head_begin) * NB + n instead
+  bool by_head;     // lists are numbered (head_k - head_begin) * NB + n instead
+  bool every_list;  // also an empty list has a segment
+  // Before those of its entries a list has segments without any, for every segment_rows rows of its
+  // block's own queries, of those of the group: lists + ceil(R / segment_rows) at most.
+  bool own_first;
 };
 
 // Elements of int32 workspace that route needs.
@@ -143,10 +147,11 @@ struct ReduceParams {
   Group group;
   const int32_t* segment_offsets;  // [lists + 1]
   const void* pack[2];             // [max_segments * B, D]
-  Rows own[2];                     // [Tk, heads, D] by each block's own queries
+  Rows own[2];         // [Tk, heads, D] by each block's own queries, or null if those are in pack
   float* sum[2];       // [Tk, heads, D] over the ranges so far; null where first and last
   MutableRows out[2];  // [Tk, heads, D], written by the last range
   bool first, last;    // of the ranges of queries: the first starts from own
+  bool several;        // leaves keys alone whose block has one segment
 };
 
 // For every key the fp32 sum of its own part and of its block's segments in ascending order,

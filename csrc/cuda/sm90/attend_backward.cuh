@@ -10,15 +10,15 @@
 // and dS are operands from registers in the products for dv and dk. For dq the two groups exchange
 // dS through shared memory, and each has half of the columns.
 //
-// Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
-// its keys up to each query's.
+// Before the first segment of every list come the rows of the block's own queries, each against the
+// keys up to itself: dk and dv of a list of one segment are complete then.
 //
-// Where a block is one tile of keys, a thread block has a run of segments that costs as much as any
-// other, and dq is complete and leaves as T. Where it is more, every tile is work of its own, given
-// out as thread blocks become free, so that those of a segment go through it side by side and rows
-// come from L2 but for the first. They add to dq in float32, in the order of the tiles, the last
-// one first: an own block's rows see the first tile last, and so need not wait at their first step.
-// Each waits for its turn at every row tile, soon a step behind the one before.
+// Work is given out as thread blocks become free. Where a block is one tile of keys, dq is complete
+// and leaves as T. Where it is more, every tile is work of its own, so that those of a segment go
+// through it side by side and rows come from L2 but for the first. They add to dq in float32, in
+// the order of the tiles, the last one first: an own block's rows see the first tile last, and so
+// need not wait at their first step. Each waits for its turn at every row tile, soon a step behind
+// the one before.
 
 #pragma once
 
@@ -27,8 +27,8 @@
 namespace moba::cuda::sm90 {
 namespace backward {
 
-// kOwn: own blocks. kOneTile: the block is at most one tile of keys. kWhole: it is whole tiles.
-template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
+// kOneTile: the block is at most one tile of keys. kWhole: it is whole tiles.
+template <typename T, int kDim, bool kOneTile, bool kWhole>
 class Consumer {
   using Layout = Shared<kDim, kOneTile>;
   static constexpr int kColumns = kDim / kConsumers;  // of dq
@@ -44,15 +44,19 @@ class Consumer {
 
   __device__ void run() {
     uint32_t parity = 0;
-    for (Work work = work_.take(); work.rows > 0; work = work_.take()) {
+    for (Work work = work_.take(); work.number >= 0; work = work_.take()) {
       work_.release();
-      wait(shared_ + Layout::kKFull, parity);
-      wait(shared_ + Layout::kVFull, parity);
-      for (int first = work.begin; first < work.rows; first += kRows) {
-        step(work, first, first > work.begin);
+      if (work.is(Work::kFirst)) {
+        wait(shared_ + Layout::kKFull, parity);
+        wait(shared_ + Layout::kVFull, parity);
+        parity ^= 1;
       }
-      finish(work);
-      parity ^= 1;
+      if (!kWhole || work.is(Work::kOwn)) {
+        steps<true>(work);
+      } else {
+        steps<false>(work);
+      }
+      if (work.is(Work::kLast)) finish(work);
     }
   }
 
@@ -62,7 +66,20 @@ class Consumer {
   // Of the thread in the tile; it also has the one 8 further on.
   __device__ int key() const { return index_ * 64 + thread() / 32 * 16 + lane() / 4; }
 
-  __device__ void step(const Work& work, int first, bool more) {
+  // kMasked: some rows may not see some keys.
+  template <bool kMasked>
+  __device__ void steps(const Work& work) {
+    for (int first = work.begin; first < work.rows; first += kRows) step<kMasked>(work, first);
+    if (work.rows == 0) {  // of a block that has no queries of its own either
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) dk_[i] = dv_[i] = 0.0f;
+      arrive_warp(shared_ + Layout::kVEmpty);
+    }
+  }
+
+  template <bool kMasked>
+  __device__ void step(const Work& work, int first) {
+    const bool more = first > work.begin || !work.is(Work::kFirst);
     const int stage = rows_.stage();
     const int q = Layout::kQ + stage * Layout::kRowBytes;
     const int dout = Layout::kDout + stage * Layout::kRowBytes;
@@ -73,11 +90,11 @@ class Consumer {
     product(dp_, Layout::kV, dout, true);  // dP^T - delta = v dout^T - delta
     wait_wgmma<1>();
     hold(s_);
-    weights(lse, work, first);
+    weights<kMasked>(lse, work, first);
     sum_rows(dv_, p_, dout, more);  // dv (+)= P^T dout
     wait_wgmma<1>();
     hold(dp_);
-    if (first + kRows >= work.rows) arrive_warp(shared_ + Layout::kVEmpty);
+    if (work.is(Work::kLast) && first + kRows >= work.rows) arrive_warp(shared_ + Layout::kVEmpty);
     score_gradients();
     sync<kConsumers * kGroupThreads>(1);  // dS of both is there
     queries();
@@ -144,21 +161,23 @@ class Consumer {
   }
 
   // S -> P in its place; 0 for keys beyond the block, and for those after an own block's query.
+  template <bool kMasked>
   __device__ void weights(const float2 (&lse)[kRows / 8], const Work& work, int first) {
-    const int left = work.keys - work.tile * kKeys - key();
-    // Row from which on the thread's first key is seen, from the thread's first row.
-    const int group = static_cast<int>(params_.group);
-    const int seen = (work.tile * kKeys + key() - work.offset) * group - first - lane() % 4 * 2;
+    int seen[2];  // row from which on the thread's keys are seen, from the thread's first row
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key_of_block = work.tile * kKeys + key() + half * 8;
+      seen[half] = key_of_block < work.keys ? 0 : kRows;
+      if (work.is(Work::kOwn)) {
+        seen[half] =
+            (key_of_block - work.offset) * static_cast<int>(params_.group) - first - lane() % 4 * 2;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRows / 2; ++i) {
-      const int half = i / 2 % 2, row = i / 4 * 8 + i % 2;
       const float of_row = i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y;
       s_[i] = exp2_fast(fmaf(s_[i], params_.scale_log2, -of_row));
-      if (kOwn) {
-        s_[i] = row >= seen + half * 8 * group ? s_[i] : 0.0f;
-      } else if (!kWhole) {
-        s_[i] = half * 8 < left ? s_[i] : 0.0f;
-      }
+      if (kMasked) s_[i] = i / 4 * 8 + i % 2 >= seen[i / 2 % 2] ? s_[i] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) p_[i / 4][i % 4] = pack<T>(s_[2 * i], s_[2 * i + 1]);
@@ -188,8 +207,9 @@ class Consumer {
 
   __device__ void store_dq(const Work& work, int first) {
     if constexpr (kOneTile) {
-      auto* const to = static_cast<uint16_t*>(params_.part_dq) + int64_t{work.row + first} * kDim +
-                       index_ * kColumns;
+      auto* const to =
+          static_cast<uint16_t*>(work.is(Work::kOwn) ? params_.own_dq : params_.part_dq) +
+          int64_t{work.row + first} * kDim + index_ * kColumns;
       store<0, kColumns>(dq_, params_.scale, to, kDim, work.rows - first);
     } else {
       pass_on_dq(work.row + first);
@@ -219,15 +239,18 @@ class Consumer {
     arrive_warp(shared_ + Layout::kKEmpty);
     if (!kOneTile) wait(dq_place_.empty_barrier(), dq_place_.parity() ^ 1);  // keys go the same way
     const int first = work.tile * kKeys + index_ * 64;
+    auto *to_k = static_cast<uint16_t*>(params_.part_dk),
+         *to_v = static_cast<uint16_t*>(params_.part_dv);
     int64_t at = work.number * params_.problem.block_size * kDim, step = kDim;
-    if constexpr (kOwn) {  // [Tk, heads, D]
-      step = int64_t{params_.heads} * kDim;
-      at = work.key * step + work.head * kDim;
+    if (work.is(Work::kAlone) && params_.dk != nullptr) {  // [Tk, Hk, D]
+      to_k = static_cast<uint16_t*>(params_.dk);
+      to_v = static_cast<uint16_t*>(params_.dv);
+      step = params_.problem.heads_k * kDim;
+      at = work.key * step + (params_.head_begin + work.head) * kDim;
     }
     at += first * step;
-    store_keys(dv_, 1.0f, static_cast<uint16_t*>(params_.part_dv) + at, step, work.keys - first);
-    store_keys(dk_, params_.scale, static_cast<uint16_t*>(params_.part_dk) + at, step,
-               work.keys - first);
+    store_keys(dv_, 1.0f, to_v + at, step, work.keys - first);
+    store_keys(dk_, params_.scale, to_k + at, step, work.keys - first);
   }
 
   __device__ void store_keys(const float (&from)[kDim / 2], float factor, uint16_t* to,
@@ -276,7 +299,7 @@ class Consumer {
   uint32_t p_[kRows / 16][4], ds_[kRows / 16][4];
 };
 
-template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
+template <typename T, int kDim, bool kOneTile, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_backward_kernel(const __grid_constant__ MappedParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -311,49 +334,41 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     release_registers<kLoaderRegisters>();
     if (warp < kRowWarps) {
-      RowLoader<kDim, kOwn, kOneTile>(params, shared).run();
+      RowLoader<kDim, kOneTile>(params, shared).run();
     } else if (warp == kRowWarps) {
-      KeyLoader<kDim, kOwn, kOneTile>(params, shared).run(key_tiles);
+      KeyLoader<kDim, kOneTile>(params, shared).run(key_tiles);
     } else if (!kOneTile) {
-      DqAdder<kDim, kOwn>(params, shared).run(key_tiles);
+      DqAdder<kDim>(params, shared).run();
     }
   } else {
     claim_registers<kConsumerRegisters>();
-    Consumer<T, kDim, kOwn, kOneTile, kWhole>(params, shared, warp / 4 - 1).run();
+    Consumer<T, kDim, kOneTile, kWhole>(params, shared, warp / 4 - 1).run();
   }
 #else
   __trap();  // launch() has let it pass, and there is no code for this chip
 #endif
 }
 
-template <typename T, int kDim, bool kOwn, bool kOneTile, bool kWhole>
+template <typename T, int kDim, bool kOneTile, bool kWhole>
 cudaError_t launch(const AttendBackwardParams& of_call, cudaStream_t stream) {
   MappedParams params;
   cudaError_t error = map_keys(of_call, params);
   if (error != cudaSuccess) return error;
-  if (!kOneTile) {
-    const size_t turns = params.row_tiles + 1;
-    error = cudaMemsetAsync(params.turns, 0, turns * sizeof(int32_t), stream);
-    if (error != cudaSuccess) return error;
-  }
-  return launch_persistent(attend_backward_kernel<T, kDim, kOwn, kOneTile, kWhole>, kThreads,
+  error = cudaMemsetAsync(params.next, 0, (1 + params.row_tiles) * sizeof(int32_t), stream);
+  if (error != cudaSuccess) return error;
+  return launch_persistent(attend_backward_kernel<T, kDim, kOneTile, kWhole>, kThreads,
                            Shared<kDim, kOneTile>::kBytes, params, stream);
 }
 
 template <typename T, int kDim>
 cudaError_t launch_keys(const AttendBackwardParams& params, cudaStream_t stream) {
-  const bool one = params.problem.block_size <= kKeys;
-  if (params.own_blocks > 0) {
-    return one ? launch<T, kDim, true, true, true>(params, stream)
-               : launch<T, kDim, true, false, true>(params, stream);
-  }
   const bool whole = params.problem.block_size % kKeys == 0;
-  if (one) {
-    return whole ? launch<T, kDim, false, true, true>(params, stream)
-                 : launch<T, kDim, false, true, false>(params, stream);
+  if (params.problem.block_size <= kKeys) {
+    return whole ? launch<T, kDim, true, true>(params, stream)
+                 : launch<T, kDim, true, false>(params, stream);
   }
-  return whole ? launch<T, kDim, false, false, true>(params, stream)
-               : launch<T, kDim, false, false, false>(params, stream);
+  return whole ? launch<T, kDim, false, true>(params, stream)
+               : launch<T, kDim, false, false>(params, stream);
 }
 
 }  // namespace backward

@@ -18,39 +18,27 @@ static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
 constexpr int kRows = 64;
 constexpr int kKeys = 64 * kConsumers;
 static_assert(kKeys == kKeyTile);
-constexpr int kStages = 3;        // of rows
-constexpr int kRowWarps = 2;      // that gather rows
-constexpr int kItemsAtOnce = 8;   // whose tiles come in turns; row G 20.8 ms, 21.8 with 1 or 2
-constexpr int kSegmentCost = 96;  // of loading keys and storing their gradients, in rows
+constexpr int kStages = 3;       // of rows
+constexpr int kRowWarps = 2;     // that gather rows
+constexpr int kItemsAtOnce = 8;  // whose tiles come in turns; row G 20.8 ms, 21.8 with 1 or 2
+constexpr int kLongOwn = 4096;   // own rows: as long as a segment of a call
 
-// The rows of an item against one tile of its keys.
+// Rows against one tile of a block's keys: those of a list's segment, or of own queries.
 struct alignas(16) Work {
-  int row, rows;  // of the item
-  int head;       // KV head, from the group's first on
-  int query;      // of an own block, the first
-  int key, keys;  // the item's first, and how many
-  int offset;     // of an own block: the last key that its first query sees
-  int number;     // of the item
-  int tile;       // of its keys
-  int begin;      // the first row that sees one of them, or some before it: full tiles of rows
+  enum Kind { kOwn = 1, kFirst = 2, kLast = 4, kAlone = 8 };
 
-  Work() = default;
+  int row, rows;   // the first row's place in part_dq or own_dq, and how many
+  int head;        // KV head, from the group's first on
+  uint32_t query;  // that of row 0
+  int key, keys;   // of the block, the first and how many
+  int tile;        // of the keys
+  int number;      // of the segment; after the last one, -1
+  int kind;        // own rows; the first or the last with these keys; kAlone: of segments
+  int begin;       // the first row that sees one of the tile's, or some before: full tiles of rows
+  int offset;      // of own rows: the last key that the first one sees
+  int turn;        // of own rows or of routed ones, the first row's less row / kRows
 
-  __device__ Work(const RoutedRows& routed, int number, int tile, bool own)
-      : number(number), tile(tile) {
-    const Item item(routed, number, own);
-    row = item.row;
-    rows = item.rows;
-    key = static_cast<int>(item.key);
-    keys = item.keys;
-    head = static_cast<int>(item.head);
-    query = item.query;
-    offset = item.offset;
-    begin = 0;
-    if (own) {
-      begin = max(0, (tile * kKeys - offset) * static_cast<int>(routed.group)) / kRows * kRows;
-    }
-  }
+  __device__ bool is(Kind which) const { return (kind & which) != 0; }
 };
 static_assert(sizeof(Work) == 48);
 constexpr int kWorkBytes = 64;  // with two mbarriers
@@ -86,96 +74,45 @@ struct Shared {
   static_assert(kBytes <= 227 * 1024);
 };
 
-// The items of a thread block where blocks are one tile: a run of segments, or every so many of the
-// own blocks.
-template <bool kOwn>
-struct Share {
-  int first, last, step;
-
-  __device__ explicit Share(const AttendBackwardParams& params) {
-    if (kOwn) {
-      first = blockIdx.x;
-      last = params.own_blocks * static_cast<int>(params.heads);
-      step = gridDim.x;
-      return;
-    }
-    const int segments = params.segment_offsets[params.lists];
-    const int64_t total = cost(params, segments);
-    first = first_from(params, segments, total * blockIdx.x / gridDim.x);
-    last = first_from(params, segments, total * (blockIdx.x + 1) / gridDim.x);
-    step = 1;
-  }
-
- private:
-  static __device__ int64_t cost(const RoutedRows& routed, int segment) {
-    return routed.cu_rows[segment] + int64_t{kSegmentCost} * segment;
-  }
-
-  // The first segment before which there is this much, by a whole warp.
-  static __device__ int first_from(const RoutedRows& routed, int segments, int64_t target) {
-    int low = 0, high = segments;
-    while (low < high) {
-      const int step = (high - low + 31) / 32, probe = low + threadIdx.x % 32 * step;
-      const int below =
-          __popc(__ballot_sync(~0u, probe < high && cost(routed, min(probe, high)) < target));
-      high = min(low + below * step, high);
-      if (below > 0) low += (below - 1) * step + 1;
-    }
-    return low;
-  }
-};
-
-// Gives out a thread block's work, to a whole warp. Where blocks are more than a tile, every item
-// comes once per tile, the last tile first, to whichever thread block asks next: it may wait for
-// tiles that were given out before, never for later ones. In between come those of other items, so
-// that the one before is a few steps ahead.
-template <bool kOwn, bool kOneTile>
+// Gives out segments and tiles of their keys to whichever thread block asks next, to a whole warp.
+// A segment comes once per tile, the last tile first: a thread block may wait for tiles that were
+// given out before, never for later ones. In between come those of other segments, so that the one
+// before is a few steps ahead.
+//
+// What comes last should be short. Lists get shorter, but the last ones are those with own rows: if
+// these are longer than a segment, work is given out from the end.
+template <bool kOneTile>
 class Queue {
  public:
   __device__ Queue(const AttendBackwardParams& params, int key_tiles)
-      : params_(params), key_tiles_(key_tiles) {
-    if constexpr (kOneTile) {
-      const Share<kOwn> share(params);
-      next_ = share.first;
-      last_ = share.last;
-      step_ = share.step;
-    } else {
-      last_ = kOwn ? params.own_blocks * static_cast<int>(uint32_t{params.heads})
-                   : params.segment_offsets[params.lists];
-    }
+      : next_(params.next), key_tiles_(key_tiles) {
+    last_ = params.problem.cu_blocks[0] == 0 ? params.segment_offsets[params.lists] : 0;
+    from_end_ = params.problem.block_size * params.group > kLongOwn;
   }
 
-  // After the last: without rows.
-  __device__ Work next() {
-    for (;;) {
-      int number, tile = 0;
-      take(number, tile);
-      if (number >= last_ || tile < 0) return {};
-      const Work work(params_, number, tile, kOwn);
-      if (work.begin < work.rows) return work;
-    }
-  }
-
- private:
-  __device__ void take(int& number, int& tile) {
-    if constexpr (kOneTile) {
-      number = next_;
-      next_ += step_;
-    } else {
-      int i = 0;
-      if (threadIdx.x % 32 == 0) i = atomicAdd(params_.turns + params_.row_tiles, 1);
-      i = __shfl_sync(~0u, i, 0);
+  // False after the last.
+  __device__ bool take(uint32_t& number, int& tile) {
+    int i = 0;
+    if (threadIdx.x % 32 == 0) i = atomicAdd(next_, 1);
+    i = __shfl_sync(~0u, i, 0);
+    number = i;
+    tile = 0;
+    if constexpr (!kOneTile) {
       const int first = i / (kItemsAtOnce * key_tiles_) * kItemsAtOnce;
       const int items = max(1, min(kItemsAtOnce, last_ - first));
       i -= first * key_tiles_;
       number = first + i % items;
       tile = key_tiles_ - 1 - i / items;
     }
+    if (static_cast<int>(number) >= last_ || tile < 0) return false;
+    if (from_end_) number = last_ - 1 - number;
+    return true;
   }
 
-  const AttendBackwardParams& params_;
+ private:
+  int32_t* next_;
   int key_tiles_, last_;
-  int next_ = 0, step_ = 0;
+  bool from_end_;
 };
 
 // Where in shared memory the other warps find the work that one warp hands out. A stage has 64
@@ -190,26 +127,34 @@ class Handout {
   // Until all others have released what was there.
   __device__ void wait_released() const { wait(stage_ + kEmpty, parity_ ^ 1); }
 
-  __device__ void put(const Work& work) {
-    if (threadIdx.x % 32 == 0) {
-      store_shared(stage_, work.row, work.rows, work.head, work.query);
-      store_shared(stage_ + 16, work.key, work.keys, work.offset, work.number);
-      store_shared(stage_ + 32, work.tile, work.begin);
-      arrive(stage_ + kFull);
-    }
+  // Work, in the order of its members, then publish(): whoever looks it up has no registers for all
+  // of it at once.
+  __device__ void put_rows(int row, int rows, int head, uint32_t query) const {
+    if (threadIdx.x % 32 == 0) store_shared(stage_, row, rows, head, query);
+  }
+  __device__ void put_keys(int key, int keys, int tile, int number) const {
+    if (threadIdx.x % 32 == 0) store_shared(stage_ + 16, key, keys, tile, number);
+  }
+  __device__ void put_kind(int kind, int begin, int offset, int turn) const {
+    if (threadIdx.x % 32 == 0) store_shared(stage_ + 32, kind, begin, offset, turn);
+  }
+  __device__ void publish() {
+    if (threadIdx.x % 32 == 0) arrive(stage_ + kFull);
     advance();
   }
 
   __device__ Work take() const {
     wait(stage_ + kFull, parity_);
     Work work = rows();
-    const uint4 keys = load_shared(stage_ + 16), tile = load_shared(stage_ + 32);
+    const uint4 keys = load_shared(stage_ + 16), kind = load_shared(stage_ + 32);
     work.key = static_cast<int>(keys.x);
     work.keys = static_cast<int>(keys.y);
-    work.offset = static_cast<int>(keys.z);
+    work.tile = static_cast<int>(keys.z);
     work.number = static_cast<int>(keys.w);
-    work.tile = static_cast<int>(tile.x);
-    work.begin = static_cast<int>(tile.y);
+    work.kind = static_cast<int>(kind.x);
+    work.begin = static_cast<int>(kind.y);
+    work.offset = static_cast<int>(kind.z);
+    work.turn = static_cast<int>(kind.w);
     return work;
   }
 
@@ -220,9 +165,10 @@ class Handout {
     work.row = static_cast<int>(words.x);
     work.rows = static_cast<int>(words.y);
     work.head = static_cast<int>(words.z);
-    work.query = static_cast<int>(words.w);
+    work.query = words.w;
     return work;
   }
+  __device__ bool own() const { return (load_shared_int(stage_ + 32) & Work::kOwn) != 0; }
 
   // By a whole warp.
   __device__ void release() {
@@ -241,7 +187,7 @@ class Handout {
 };
 
 // The warps that gather rows of q and dout.
-template <int kDim, bool kOwn, bool kOneTile>
+template <int kDim, bool kOneTile>
 class RowLoader {
   using Layout = Shared<kDim, kOneTile>;
   static constexpr int kVectors = Layout::kVectors;
@@ -261,12 +207,14 @@ class RowLoader {
   __device__ void run() {
     for (;;) {
       const Work work = work_.take();
-      if (work.rows == 0) return;
-      uint32_t entry = kOwn ? 0 : entry_of(work.begin);
-      for (int first = work.begin; first < work_.rows().rows; first += kRows) {
-        const uint32_t next = kOwn ? 0 : entry_of(first + kRows);
-        load_rows(first, entry);
-        entry = next;
+      if (work.number < 0) return;
+      if (work.begin < work.rows) {
+        uint32_t entry = entry_of(work.begin);
+        for (int first = work.begin; first < work_.rows().rows; first += kRows) {
+          const uint32_t next = entry_of(first + kRows);
+          load_rows(first, entry);
+          entry = next;
+        }
       }
       work_.release();
       copies_.deliver<0>();
@@ -274,21 +222,19 @@ class RowLoader {
   }
 
  private:
-  // The lane's row in the tile that begins at `first`, or the item's last.
-  static __device__ int row_of(const Work& rows, int first) {
-    return min(first + fresh_thread_index(), rows.rows - 1);
-  }
+  // That of the lane's row in the tile that begins at `first`, or of the last; of own rows its
+  // number from row 0 of Work::query on. Nothing may wait for it yet.
   __device__ uint32_t entry_of(int first) const {
     const Work rows = work_.rows();
-    return params_.entries[rows.row + row_of(rows, first)];
+    const uint32_t row = rows.row + min(first + fresh_thread_index(), rows.rows - 1);
+    return work_.own() ? row : params_.entries[row];
   }
 
-  // Rows beyond the item's are zeros, with an lse that makes their weights 0.
+  // Rows beyond the last are zeros, with an lse that makes their weights 0.
   __device__ void load_rows(int first, uint32_t entry) {
     const Work rows = work_.rows();
-    const RowPlace place =
-        kOwn ? RowPlace::in_order(params_, rows.head, rows.query, row_of(rows, first))
-             : RowPlace::of_entry(params_, rows.head, entry);
+    const uint32_t row = work_.own() ? entry : entry / params_.slots;
+    const RowPlace place = RowPlace::in_order(params_, rows.head, rows.query, row);
     const uint32_t of_q = params_.q.at(place.query, place.head);
     const uint32_t of_dout = params_.dout.at(place.query, place.head);
     const int thread = fresh_thread_index(), lane = thread % 32, vector = thread % kVectors;
@@ -326,50 +272,97 @@ class RowLoader {
 };
 
 // The warp that hands out work and copies its keys: v is free first.
-template <int kDim, bool kOwn, bool kOneTile>
+template <int kDim, bool kOneTile>
 class KeyLoader {
   using Layout = Shared<kDim, kOneTile>;
 
  public:
   __device__ KeyLoader(const MappedParams& params, uint32_t shared)
-      : params_(params),
-        shared_(shared),
-        work_(shared),
-        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
-        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
+      : params_(params), shared_(shared), work_(shared) {}
 
+  // Of every segment and tile the own rows, if it has any, then the routed ones, or none of either.
   __device__ void run(int key_tiles) {
-    Queue<kOwn, kOneTile> queue(params_, key_tiles);
-    for (;;) {
+    Queue<kOneTile> queue(params_, key_tiles);
+    uint32_t number;  // unsigned for addresses of fewer registers
+    int tile;
+    work_.wait_released();
+    while (queue.take(number, tile)) {
+      const uint32_t list = params_.segment_lists[number];
+      const BlockOfList block(params_, list);
+      if (tile * kKeys >= block.keys) continue;
+      const bool own = put_own(block, list, number, tile);
+      if (own) {
+        work_.publish();
+        load_keys(block, tile);
+        work_.wait_released();
+      }
+      const int row = params_.cu_rows[number], rows = params_.cu_rows[number + 1] - row;
+      if (own && rows == 0) continue;
+      const uint32_t query = params_.query_begin - block.head * params_.queries;
+      work_.put_rows(row, rows, block.head, query);
+      work_.put_keys(block.key, block.keys, tile, number);
+      work_.put_kind((own ? 0 : Work::kFirst) | Work::kLast | alone(list), 0, 0, number);
+      work_.publish();
+      if (!own) load_keys(block, tile);
       work_.wait_released();
-      const Work work = queue.next();
-      work_.put(work);
-      if (work.rows == 0) return;
-      load(params_.v, params_.v_map, work, v_, Layout::kV);
-      load(params_.k, params_.k_map, work, k_, Layout::kK);
     }
+    work_.put_rows(0, 0, 0, 0);
+    work_.put_keys(0, 0, 0, -1);
+    work_.put_kind(0, 0, 0, 0);
+    work_.publish();
   }
 
  private:
-  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Work& work,
-                       Ring<1>& ring, uint32_t to) {
-    const int head = params_.head_begin + work.head, token = work.key + work.tile * kKeys;
+  __device__ int alone(uint32_t list) const {
+    const int segments = params_.segment_offsets[list + 1] - params_.segment_offsets[list];
+    return segments == 1 ? Work::kAlone : 0;
+  }
+
+  // The rows of the block's own queries, of those of the group, that see one of the tile's keys.
+  __device__ bool put_own(const BlockOfList& block, uint32_t list, uint32_t number,
+                          int tile) const {
+    if (static_cast<int>(number) != params_.segment_offsets[list]) return false;
+    const OwnQueries queries = block.own_queries(params_);
+    const int group = static_cast<int>(uint32_t{params_.group});
+    const int rows = queries.count() * group;
+    const int begin = max(0, (tile * kKeys - queries.offset) * group) / kRows * kRows;
+    if (begin >= rows) return false;
+    const int before = block.head * static_cast<int>(params_.problem.tokens_q);
+    work_.put_rows((before + queries.begin) * group, rows, block.head, -before);
+    work_.put_keys(block.key, block.keys, tile, number);
+    // Turns ascend as own rows do, by head.
+    const int turn = params_.own_turns + block.head * static_cast<int>(params_.problem.num_blocks) +
+                     static_cast<int>(list / params_.heads);
+    int kind = Work::kOwn | Work::kFirst;
+    if (params_.cu_rows[number + 1] == params_.cu_rows[number]) kind |= Work::kLast | alone(list);
+    work_.put_kind(kind, begin, queries.offset, turn);
+    return true;
+  }
+
+  __device__ void load_keys(const BlockOfList& block, int tile) {
+    load(params_.v, params_.v_map, block, tile, Layout::kV, Layout::kVFull, Layout::kVEmpty);
+    load(params_.k, params_.k_map, block, tile, Layout::kK, Layout::kKFull, Layout::kKEmpty);
+    parity_ ^= 1;
+  }
+
+  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const BlockOfList& block,
+                       int tile, int to, int full, int empty) {
+    const int head = params_.head_begin + block.head, token = block.key + tile * kKeys;
     const int box = kOneTile ? static_cast<int>(params_.problem.block_size) : kKeys;
-    wait(ring.empty_barrier(), ring.parity() ^ 1);
-    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, work.keys - work.tile * kKeys, box,
-                           ring.full_barrier());
-    ring.advance();
+    wait(shared_ + empty, parity_);
+    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, block.keys - tile * kKeys, box,
+                           shared_ + full);
   }
 
   const MappedParams& params_;
   uint32_t shared_;
   Handout<Layout> work_;
-  Ring<1> k_, v_;
+  uint32_t parity_ = 1;  // of the last time that the place of keys became empty
 };
 
 // The warp, of which one thread adds dq of row tiles to what others have of them, in the order of
 // the tiles of keys, the last one first.
-template <int kDim, bool kOwn>
+template <int kDim>
 class DqAdder {
   using Layout = Shared<kDim, false>;
   static constexpr int kRowBytes = kDim / kConsumers * 4;  // of a consumer's columns
@@ -381,30 +374,44 @@ class DqAdder {
         work_(shared),
         dq_(shared + Layout::kDqFull, shared + Layout::kDqEmpty) {}
 
-  __device__ void run(int key_tiles) {
-    for (Work work = work_.take(); work.rows > 0; work = work_.take()) {
+  __device__ void run() {
+    for (Work work = work_.take(); work.number >= 0; work = work_.take()) {
       work_.release();
       if (threadIdx.x % 32 != 0) continue;
-      // Of every item a row tile may not be full, and has a turn of its own.
-      int row = work.row + work.begin, turn = work.number + row / kRows;
-      for (int first = work.begin; first < work.rows; first += kRows) {
-        add(row, work.rows - first, params_.turns + turn, before(work, first, key_tiles));
-        row += kRows;
-        ++turn;
+      if (work.is(Work::kOwn)) {
+        add_rows<true>(work);
+      } else {
+        add_rows<false>(work);
       }
     }
   }
 
  private:
+  // Of every segment or block a row tile may not be full, and has a turn of its own.
+  template <bool kOwn>
+  __device__ void add_rows(const Work& work) {
+    int row = work.row + work.begin, turn = work.turn + row / kRows;
+    for (int first = work.begin; first < work.rows; first += kRows) {
+      add<kOwn>(row, work.rows - first, params_.next + 1 + turn, before<kOwn>(work, first));
+      row += kRows;
+      ++turn;
+    }
+  }
+
   // How many tiles of keys come before this one for the row tile from `first` on: own blocks' rows
   // do not see the last ones.
-  __device__ int before(const Work& work, int first, int key_tiles) const {
-    if (!kOwn) return key_tiles - 1 - work.tile;
-    const int last_query = static_cast<uint32_t>(first + kRows - 1) / params_.group;
-    return min(key_tiles - 1, (work.offset + last_query) / kKeys) - work.tile;
+  template <bool kOwn>
+  __device__ int before(const Work& work, int first) const {
+    int last = (work.keys - 1) / kKeys;
+    if (kOwn) {
+      const int last_query = static_cast<uint32_t>(first + kRows - 1) / params_.group;
+      last = min(last, (work.offset + last_query) / kKeys);
+    }
+    return last - work.tile;
   }
 
   // turn: how many tiles of keys have been added.
+  template <bool kOwn>
   __device__ void add(int row, int rows, int32_t* turn, int before) {
     const int bytes = min(rows, kRows) * kRowBytes;
     if (before > 0) {
@@ -412,11 +419,12 @@ class DqAdder {
       }
       fence_async_proxy_global();
     }
+    void* const dq = kOwn ? params_.own_dq : params_.part_dq;
+    const int64_t half = kOwn ? params_.own_rows : params_.all_rows;
     wait(dq_.full_barrier(), dq_.parity());
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
-      float* const to =
-          static_cast<float*>(params_.part_dq) + (i * params_.all_rows + row) * (kDim / kConsumers);
+      float* const to = static_cast<float*>(dq) + (i * half + row) * (kDim / kConsumers);
       const uint32_t from = shared_ + Layout::kStaging + i * Layout::kStagingBytes;
       if (before > 0) {
         add_bulk(to, from, bytes);

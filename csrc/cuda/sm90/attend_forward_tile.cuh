@@ -1,12 +1,13 @@
 // attend_forward of blocks whose keys are one tile: they stay in shared memory while the rows that
 // chose the block stream past.
 //
-// Grid: persistent thread blocks; each has a run of segments (or own blocks), as long as that of
-// any other, and goes through their rows by tiles of 64. Three warp groups compute, tile i the one
-// with number i % 3, one step at a time: scores, softmax, product; while one has its scalar work,
-// the tensor cores have another's products. Of a fourth, each of three warps copies the rows of one
-// consumer, and the last the keys of the next block. What a consumer must know of a tile lies
-// beside it in shared memory.
+// Grid: persistent thread blocks; each has a run of segments, as long as that of any other, and
+// goes through their rows by tiles of 64. Segments without entries have rows of the block's own
+// queries, each against the keys up to itself, so that these meet keys that are there already.
+// Three warp groups compute, tile i the one with number i % 3, one step at a time: scores, softmax,
+// product; while one has its scalar work, the tensor cores have another's products. Of a fourth,
+// each of three warps copies the rows of one consumer, and the last the keys of the next block.
+// What a consumer must know of a tile lies beside it in shared memory.
 //
 // Rows of q have a stride of 16 bytes more than they are long, against bank conflicts: they reach
 // the tensor cores by way of registers.
@@ -35,13 +36,13 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct Tile {
   int row, rows;  // the first one's place in what is written, and how many; 0: there are no more
   int keys;       // how many blocks' keys have come before it, its own included
-  int begin;      // of an own block: the first row, from the block's own first on
+  int begin;      // of own rows: the first, from the block's own first on; else -1
 };
 static_assert(sizeof(Tile) == 16);
 
 // Of a tile of keys.
 struct Keys {
-  int keys, offset;  // of the block; and the last key that an own block's first query sees
+  int keys, offset;  // of the block; and the last key that its own first row sees
 };
 static_assert(sizeof(Keys) == 8);
 
@@ -67,50 +68,42 @@ struct Shared {
 // The items of a thread block, looked up 32 at a time, one by each lane: a run of them, and of the
 // last ones, whose blocks may have few rows for the time that their keys take, every so many. If
 // lists go by head, so do these, for every head.
-template <bool kOwn>
 class Run {
  public:
   __device__ explicit Run(const AttendForwardParams& params)
       : params_(params), lane_(threadIdx.x % 32) {
-    const int64_t own_rows = params.problem.block_size * params.group;
-    parts_ = static_cast<int>((own_rows + kSegmentRows - 1) / kSegmentRows);
-    if (kOwn) {
-      share(0, params.own_blocks * static_cast<int>(params.heads) * parts_);
-    } else if (!params.by_head) {
-      share(0, params.segment_offsets[params.lists]);
-    } else {
+    if (params.problem.cu_blocks[0] != 0) return;
+    if (params.by_head) {
       next_list_ = 0;
+    } else {
+      share(0, params.segment_offsets[params.lists]);
     }
   }
 
-  // The next item that has rows, for all lanes; false if there is none.
+  // The next item, for all lanes; false if there is none.
   __device__ bool next(Item& item) {
-    do {
-      while (next_ == count_) {
-        if (kOwn || next_list_ == params_.lists) return false;
-        const int begin = params_.segment_offsets[next_list_];
-        next_list_ += static_cast<int>(uint32_t{params_.list_divisor});
-        share(begin, params_.segment_offsets[next_list_], next_list_);
-      }
-      const int lane = next_ % 32;
-      if (lane == 0) {
-        const int i = min(next_ + lane_, count_ - 1), of_rest = i - run_;
-        const int index = of_rest < 0 ? first_ + i : rest_ + of_rest * static_cast<int>(gridDim.x);
-        mine_ = Item(params_, index, kOwn, parts_, kSegmentRows);
-      }
-      item.list = __shfl_sync(~0u, mine_.list, lane);
-      item.row = __shfl_sync(~0u, mine_.row, lane);
-      item.rows = __shfl_sync(~0u, mine_.rows, lane);
-      item.key = __shfl_sync(~0u, mine_.key, lane);
-      item.head = __shfl_sync(~0u, mine_.head, lane);
-      item.keys = __shfl_sync(~0u, mine_.keys, lane);
-      if (kOwn) {
-        item.query = __shfl_sync(~0u, mine_.query, lane);
-        item.begin = __shfl_sync(~0u, mine_.begin, lane);
-        item.offset = __shfl_sync(~0u, mine_.offset, lane);
-      }
-      ++next_;
-    } while (kOwn && item.rows <= 0);
+    while (next_ == count_) {
+      if (next_list_ == params_.lists) return false;
+      const int begin = params_.segment_offsets[next_list_];
+      next_list_ += static_cast<int>(uint32_t{params_.list_divisor});
+      share(begin, params_.segment_offsets[next_list_], next_list_);
+    }
+    const int lane = next_ % 32;
+    if (lane == 0) {
+      const int i = min(next_ + lane_, count_ - 1), of_rest = i - run_;
+      const int index = of_rest < 0 ? first_ + i : rest_ + of_rest * static_cast<int>(gridDim.x);
+      mine_ = Item(params_, index);
+    }
+    item.list = __shfl_sync(~0u, mine_.list, lane);
+    item.head = __shfl_sync(~0u, mine_.head, lane);
+    item.key = __shfl_sync(~0u, mine_.key, lane);
+    item.keys = __shfl_sync(~0u, mine_.keys, lane);
+    item.row = __shfl_sync(~0u, mine_.row, lane);
+    item.rows = __shfl_sync(~0u, mine_.rows, lane);
+    item.begin = __shfl_sync(~0u, mine_.begin, lane);
+    item.offset = __shfl_sync(~0u, mine_.offset, lane);
+    item.first = __shfl_sync(~0u, mine_.first, lane);
+    ++next_;
     return true;
   }
 
@@ -129,7 +122,7 @@ class Run {
   }
 
   const AttendForwardParams& params_;
-  int lane_, parts_;
+  int lane_;
   int first_, run_, rest_;    // of all items: the first of the run, how many, the first of the rest
   int next_ = 0, count_ = 0;  // of the thread block's
   int next_list_ = params_.lists;  // the first of the next head
@@ -137,7 +130,7 @@ class Run {
 };
 
 // The warp that copies a consumer's rows of q.
-template <int kDim, int kKeys, bool kOwn>
+template <int kDim, int kKeys>
 class RowLoader {
   using Layout = Shared<kDim, kKeys>;
   static constexpr int kVectors = kDim / 8;         // of 16 bytes in a row
@@ -148,7 +141,7 @@ class RowLoader {
       : params_(params), shared_(shared), consumer_(consumer), lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    Run<kOwn> run(params_);
+    Run run(params_);
     Item item;
     int list = -1, changes = 0, tiles = 0;
     while (run.next(item)) {
@@ -156,31 +149,32 @@ class RowLoader {
       list = item.list;
       for (int begin = 0; begin < item.rows; begin += kTileRows) {
         if (tiles++ % kConsumers == consumer_) {
-          next({item.row + begin, min(item.rows - begin, kTileRows), changes, item.begin + begin},
-               item);
+          next({item.row + begin, min(item.rows - begin, kTileRows), changes,
+                item.begin < 0 ? -1 : item.begin + begin},
+               item.head, item.first + begin);
         }
       }
     }
     if (pending_.rows > 0) load();
-    pending_ = {0, 0, changes, 0};
+    pending_.rows = 0;  // and the last one's rows once more
+    pending_.keys = changes;
     load();
   }
 
  private:
   // Looks up where the rows of a tile are, and copies those of the tile before, for which this has
-  // been done.
-  __device__ void next(const Tile& tile, const Item& item) {
+  // been done. first: the number of the first row, if they are own ones.
+  __device__ void next(const Tile& tile, int head, uint32_t first) {
     uint32_t rows[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
       const int row = min(lane_ + i * 32, tile.rows - 1);
-      rows[i] = kOwn ? static_cast<uint32_t>(tile.begin + row)
-                     : static_cast<uint32_t>(params_.entries[tile.row + row]);
+      rows[i] =
+          tile.begin < 0 ? static_cast<uint32_t>(params_.entries[tile.row + row]) : first + row;
     }
     if (pending_.rows > 0) load();
     pending_ = tile;
-    head_ = item.head;
-    query_ = item.query;
+    head_ = head;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) rows_[i] = rows[i];
   }
@@ -200,8 +194,9 @@ class RowLoader {
     const uint4* const from = params_.q.data + vector;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const RowPlace place = kOwn ? RowPlace::in_order(params_, head_, query_, rows_[i])
-                                  : RowPlace::of_entry(params_, head_, rows_[i]);
+      const uint32_t row = pending_.begin < 0 ? rows_[i] / params_.slots : rows_[i];
+      const uint32_t query = params_.query_begin - head_ * params_.queries;  // that of row 0
+      const RowPlace place = RowPlace::in_order(params_, head_, query, row);
       const uint32_t mine = params_.q.at(place.query, place.head);
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
@@ -216,12 +211,12 @@ class RowLoader {
   uint32_t shared_;
   int consumer_, lane_;
   uint32_t parity_ = 0;  // of the phase in which the place was last free
-  Tile pending_{};
-  uint32_t head_ = 0, query_ = 0, rows_[kLaneRows] = {};  // of it: rows lane, lane + 32, ...
+  Tile pending_{0, 0, 0, -1};
+  uint32_t head_ = 0, rows_[kLaneRows] = {};  // of it: rows lane, lane + 32, ... or their entries
 };
 
 // The warp that copies k and v, by the tensor copy engine where a block is as long as any.
-template <int kDim, int kKeys, bool kOwn>
+template <int kDim, int kKeys>
 class KeyLoader {
   using Layout = Shared<kDim, kKeys>;
 
@@ -233,7 +228,7 @@ class KeyLoader {
         lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    Run<kOwn> run(params_);
+    Run run(params_);
     Item item;
     int list = -1;
     while (run.next(item)) {
@@ -262,8 +257,8 @@ class KeyLoader {
   int lane_;
 };
 
-// kOwn: own blocks. kWhole: a block has kKeys keys.
-template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
+// kWhole: a block has kKeys keys.
+template <typename T, int kDim, int kKeys, bool kWhole>
 class Consumer {
   using Layout = Shared<kDim, kKeys>;
 
@@ -289,7 +284,7 @@ class Consumer {
       float s[kKeys / 2], out[kDim / 2], max[2], sum[2];
       uint32_t p[kKeys / 16][4];
       scores(q, s);
-      if constexpr (kOwn || !kWhole) mask(tile, s);
+      if (!kWhole || tile.begin >= 0) mask(tile, s);
       softmax(s, p, max, sum);
       values(p, out);
       store(tile, out, max, sum);
@@ -310,10 +305,8 @@ class Consumer {
     if (changes_ > 0) release(Layout::kKeyEmpty + (changes_ - 1) % kKeyStages * 8);
     wait(shared_ + Layout::kKeyFull + stage * 8, changes_ / kKeyStages & 1);
     keys_at_ = shared_ + stage * 2 * Layout::kKeyBytes;
-    if constexpr (kOwn || !kWhole) {
-      const uint32_t from = shared_ + Layout::kKeysOf + stage * sizeof(Keys);
-      keys_ = {load_shared_int(from), load_shared_int(from + 4)};
-    }
+    const uint32_t from = shared_ + Layout::kKeysOf + stage * sizeof(Keys);
+    keys_ = {load_shared_int(from), load_shared_int(from + 4)};
     ++changes_;
   }
 
@@ -330,13 +323,13 @@ class Consumer {
     hold(s);
   }
 
-  // Keys beyond the block, or after an own block's query, count for nothing.
+  // Keys beyond the block, or after an own row's query, count for nothing.
   __device__ void mask(const Tile& tile, float (&s)[kKeys / 2]) const {
     int left[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       left[half] = keys_.keys - lane_ % 4 * 2;
-      if constexpr (kOwn) {
+      if (tile.begin >= 0) {
         const int row = warp_ * 16 + lane_ / 4 + half * 8;
         const int of_query = static_cast<uint32_t>(tile.begin + row) / params_.group;
         left[half] = keys_.offset + of_query + 1 - lane_ % 4 * 2;
@@ -446,7 +439,7 @@ class Consumer {
   Keys keys_;
 };
 
-template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
+template <typename T, int kDim, int kKeys, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_forward_tile_kernel(const __grid_constant__ MappedParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -470,22 +463,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     release_registers<kLoaderRegisters>();
     if (warp < kConsumers) {
-      RowLoader<kDim, kKeys, kOwn>(params, shared, warp).run();
+      RowLoader<kDim, kKeys>(params, shared, warp).run();
     } else {
-      KeyLoader<kDim, kKeys, kOwn>(params, shared).run();
+      KeyLoader<kDim, kKeys>(params, shared).run();
     }
   } else {
     claim_registers<kConsumerRegisters>();
-    Consumer<T, kDim, kKeys, kOwn, kWhole>(params, shared, warp / 4 - 1).run();
+    Consumer<T, kDim, kKeys, kWhole>(params, shared, warp / 4 - 1).run();
   }
 #else
   __trap();  // launch() has let it pass, and there is no code for this chip
 #endif
 }
 
-template <typename T, int kDim, int kKeys, bool kOwn, bool kWhole>
+template <typename T, int kDim, int kKeys, bool kWhole>
 cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
-  return launch_persistent(attend_forward_tile_kernel<T, kDim, kKeys, kOwn, kWhole>, kThreads,
+  return launch_persistent(attend_forward_tile_kernel<T, kDim, kKeys, kWhole>, kThreads,
                            Shared<kDim, kKeys>::kBytes, params, stream);
 }
 
@@ -494,10 +487,8 @@ cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream)
   MappedParams params;
   const cudaError_t error = map_keys(of_call, params);
   if (error != cudaSuccess) return error;
-  if (params.own_blocks > 0) return launch<T, kDim, kKeys, true, true>(params, stream);
-  return params.problem.block_size % kKeys == 0
-             ? launch<T, kDim, kKeys, false, true>(params, stream)
-             : launch<T, kDim, kKeys, false, false>(params, stream);
+  return params.problem.block_size == kKeys ? launch<T, kDim, kKeys, true>(params, stream)
+                                            : launch<T, kDim, kKeys, false>(params, stream);
 }
 
 template <typename T, int kDim>

@@ -1,15 +1,15 @@
 // attend_forward of blocks of more keys than a tile, which pass by, kKeys at a time.
 //
-// Grid: persistent thread blocks, which take segments in turns, to read the same keys at the same
-// time. Two warp groups have 64 rows of the segment each and compute; of a third, a warp for each
-// of them gathers its rows of q, and one copies k and v. Rings lie between them, one each for q, k
-// and v, with a pair of mbarriers per stage. Results leave through the shared memory that q came
-// in.
+// Grid: persistent thread blocks, which take segments as they become free, to read the same keys at
+// the same time. Two warp groups have 64 rows of the segment each and compute; of a third, a warp
+// looks up what comes next, one for each consumer gathers its rows of q, and one copies k and v.
+// Rings lie between them, one each for q, k and v, with a pair of mbarriers per stage. Results
+// leave through the shared memory that q came in.
 //
 // A consumer has one step's product with v under way while it works on the scores of the next.
 //
-// Own blocks go the same way, without a list: the rows of a block's own queries, in order, against
-// its keys up to each query's.
+// Segments without entries have rows of the block's own queries, each against the keys up to
+// itself.
 
 #pragma once
 
@@ -33,14 +33,36 @@ constexpr int kKeys = kKeyTile;
 constexpr int kQStages = 3, kKeyStages = 2;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Of an item, for the consumers.
-struct alignas(16) Segment {
+// An item, for all warps.
+struct alignas(16) Work {
   int row, rows;      // as Item's; rows 0: there are no more
   int keys, tiles;    // of the block; tiles of them that the rows see
   int begin, offset;  // as Item's
-  int seen;           // of an own block: keys that its first row sees
+  int seen;           // keys that all rows see
+  int key, head;      // as Item's
+  uint32_t first;
+
+  Work() = default;
+
+  __device__ Work(const RoutedRows& routed, const Item& item)
+      : row(item.row),
+        rows(item.rows),
+        keys(item.keys),
+        begin(item.begin),
+        offset(item.offset),
+        key(item.key),
+        head(item.head),
+        first(item.first) {
+    seen = keys;
+    int last = keys - 1;  // key that a row sees
+    if (begin >= 0) {
+      seen = offset + static_cast<int>(static_cast<uint32_t>(begin) / routed.group) + 1;
+      last = offset + static_cast<int>(static_cast<uint32_t>(begin + rows - 1) / routed.group);
+    }
+    tiles = last / kKeys + 1;
+  }
 };
-static_assert(sizeof(Segment) == 32);
+static_assert(sizeof(Work) == 48);
 
 // Bytes of dynamic shared memory, and where in it things are.
 template <int kDim>
@@ -49,14 +71,15 @@ struct Shared {
   static constexpr int kQBytes = kRows * kDim * 2;
   static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
   static constexpr int kKeyTiles = kQStages * kQBytes;
-  static constexpr int kSegments = kKeyTiles + kKeyStages * 2 * kKeyBytes;
-  static constexpr int kQFull = kSegments + kQStages * sizeof(Segment);  // mbarriers
+  static constexpr int kWork = kKeyTiles + kKeyStages * 2 * kKeyBytes;
+  static constexpr int kQFull = kWork + kQStages * sizeof(Work);  // mbarriers
   static constexpr int kQEmpty = kQFull + kQStages * 8;
   static constexpr int kKFull = kQEmpty + kQStages * 8;
   static constexpr int kKEmpty = kKFull + kKeyStages * 8;
   static constexpr int kVFull = kKEmpty + kKeyStages * 8;
   static constexpr int kVEmpty = kVFull + kKeyStages * 8;
-  static constexpr int kBytes = kVEmpty + kKeyStages * 8 + 1024;  // and to align it
+  static constexpr int kWorkFull = kVEmpty + kKeyStages * 8;
+  static constexpr int kBytes = kWorkFull + kQStages * 8 + 1024;  // and to align it
 
   // Of a stage, from the start of shared memory.
   static __device__ uint32_t q(int stage) { return stage * kQBytes; }
@@ -64,50 +87,75 @@ struct Shared {
   static __device__ uint32_t v(int stage) { return k(stage) + kKeyBytes; }
 };
 
-// The items of a thread block: every so many, numbered as they would come one after the other.
-template <bool kOwn>
-struct Share {
-  int items, last;
-  int parts;  // of an own block
+// The work of a stage of q, once it has been found.
+template <typename Layout>
+__device__ Work take_work(uint32_t shared, const Ring<kQStages>& q) {
+  wait(shared + Layout::kWorkFull + q.stage() * 8, q.parity());
+  const uint32_t from = shared + Layout::kWork + q.stage() * sizeof(Work);
+  const uint4 rows = load_shared(from), own = load_shared(from + 16),
+              first = load_shared(from + 32);
+  Work work;
+  work.row = static_cast<int>(rows.x);
+  work.rows = static_cast<int>(rows.y);
+  work.keys = static_cast<int>(rows.z);
+  work.tiles = static_cast<int>(rows.w);
+  work.begin = static_cast<int>(own.x);
+  work.offset = static_cast<int>(own.y);
+  work.seen = static_cast<int>(own.z);
+  work.key = static_cast<int>(own.w);
+  work.head = static_cast<int>(first.x);
+  work.first = first.y;
+  return work;
+}
 
-  __device__ explicit Share(const AttendForwardParams& params) {
-    const int64_t own_rows = params.problem.block_size * params.group;
-    parts = static_cast<int>((own_rows + kRows - 1) / kRows);
-    items = kOwn ? params.own_blocks * static_cast<int>(params.heads) * parts
-                 : params.segment_offsets[params.lists];
-    last = kOwn ? (items + gridDim.x - 1) / gridDim.x * gridDim.x : items;
+// The warp that finds work, and puts it beside the stage of q as soon as this is free: that what
+// was there has been read by all follows from the consumers' being through with it.
+template <int kDim>
+class Finder {
+  using Layout = Shared<kDim>;
+
+ public:
+  __device__ Finder(const MappedParams& params, uint32_t shared)
+      : params_(params), shared_(shared), q_(shared + Layout::kQFull, shared + Layout::kQEmpty) {
+    last_ = params.problem.cu_blocks[0] == 0 ? params.segment_offsets[params.lists] : 0;
   }
 
-  __device__ Item item(const RoutedRows& routed, int i) const {
-    return {routed, place(i), kOwn, parts, kRows};
-  }
-
-  // The first one from i on that has rows, or one beyond the last.
-  __device__ int from(const RoutedRows& routed, int i) const {
-    while (kOwn && i < last && (place(i) >= items || item(routed, i).rows <= 0)) i += gridDim.x;
-    return i;
+  __device__ void run() {
+    for (;;) {
+      const Work work = next();
+      wait(q_.empty_barrier(), q_.parity() ^ 1);
+      if (threadIdx.x % 32 == 0) {
+        const uint32_t to = shared_ + Layout::kWork + q_.stage() * sizeof(Work);
+        store_shared(to, work.row, work.rows, work.keys, work.tiles);
+        store_shared(to + 16, work.begin, work.offset, work.seen, work.key);
+        store_shared(to + 32, work.head, static_cast<int>(work.first));
+        arrive(shared_ + Layout::kWorkFull + q_.stage() * 8);
+      }
+      if (work.rows == 0) return;
+      q_.advance();
+    }
   }
 
  private:
-  // Later parts of an own block see more keys. Every other round goes backwards, so that no thread
-  // block has late parts only.
-  __device__ int place(int i) const {
-    if (!kOwn) return i;
-    const int round = i / gridDim.x, size = gridDim.x;
-    return round % 2 == 0 ? i : (2 * round + 1) * size - 1 - i;
+  __device__ Work next() const {
+    for (;;) {
+      int i = 0;
+      if (threadIdx.x % 32 == 0) i = atomicAdd(params_.next, 1);
+      i = __shfl_sync(~0u, i, 0);
+      if (i >= last_) return {};
+      const Item item(params_, i);
+      if (item.rows > 0) return {params_, item};
+    }
   }
+
+  const MappedParams& params_;
+  uint32_t shared_;
+  Ring<kQStages> q_;
+  int last_;
 };
 
-// Tiles of keys that an item's rows see.
-template <bool kOwn>
-__device__ int tiles_of(const RoutedRows& routed, const Item& item, int key_tiles) {
-  if (!kOwn) return key_tiles;
-  const int last = static_cast<uint32_t>(item.begin + item.rows - 1) / routed.group;
-  return (item.offset + last) / kKeys + 1;
-}
-
 // The warp that copies a consumer's rows of q.
-template <int kDim, bool kOwn>
+template <int kDim>
 class RowLoader {
   using Layout = Shared<kDim>;
   static constexpr int kVectors = Layout::kVectors;
@@ -122,33 +170,29 @@ class RowLoader {
         consumer_(consumer),
         lane_(threadIdx.x % 32) {}
 
-  __device__ void run(int key_tiles) {
-    const Share<kOwn> share(params_);
-    for (int i = share.from(params_, blockIdx.x); i < share.last;
-         i = share.from(params_, i + gridDim.x)) {
-      const Item item = share.item(params_, i);
-      load(item, tiles_of<kOwn>(params_, item, key_tiles));
+  __device__ void run() {
+    for (;;) {
+      const Work work = take_work<Layout>(shared_, q_);
+      if (work.rows > 0) load(work);
+      arrive(q_.full_barrier());
+      if (work.rows == 0) return;
+      q_.advance();
     }
-    wait(q_.empty_barrier(), q_.parity() ^ 1);
-    describe({});
-    arrive(q_.full_barrier());
   }
 
  private:
-  __device__ void load(const Item& item, int tiles) {
+  __device__ void load(const Work& work) {
+    const uint32_t query = params_.query_begin - work.head * params_.queries;  // that of row 0
     uint32_t of_row[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const int row = min(consumer_ * 64 + i * 32 + lane_, item.rows - 1);
-      const RowPlace place =
-          kOwn ? RowPlace::in_order(params_, item.head, item.query, item.begin + row)
-               : RowPlace::of_entry(params_, item.head, params_.entries[item.row + row]);
+      const int row = min(consumer_ * 64 + i * 32 + lane_, work.rows - 1);
+      const uint32_t number =
+          work.begin < 0 ? static_cast<uint32_t>(params_.entries[work.row + row]) / params_.slots
+                         : work.first + row;
+      const RowPlace place = RowPlace::in_order(params_, work.head, query, number);
       of_row[i] = params_.q.at(place.query, place.head);
     }
-    wait(q_.empty_barrier(), q_.parity() ^ 1);
-    const int seen =
-        item.offset + static_cast<int>(static_cast<uint32_t>(item.begin) / params_.group) + 1;
-    describe({item.row, item.rows, item.keys, tiles, item.begin, item.offset, seen});
     const uint32_t to = shared_ + Layout::q(q_.stage());
     const int vector = lane_ % kVectors, first = lane_ / kVectors;
 #pragma unroll
@@ -163,15 +207,6 @@ class RowLoader {
     commit_copies();
     wait_copies<0>();
     fence_async_proxy();
-    arrive(q_.full_barrier());
-    q_.advance();
-  }
-
-  __device__ void describe(const Segment& segment) const {
-    if (consumer_ != 0 || lane_ != 0) return;
-    const uint32_t to = shared_ + Layout::kSegments + q_.stage() * sizeof(Segment);
-    store_shared(to, segment.row, segment.rows, segment.keys, segment.tiles);
-    store_shared(to + 16, segment.begin, segment.offset, segment.seen, 0);
   }
 
   const MappedParams& params_;
@@ -181,7 +216,7 @@ class RowLoader {
 };
 
 // The warp that copies k and v, by the tensor copy engine where a tile is whole.
-template <int kDim, bool kOwn>
+template <int kDim>
 class KeyLoader {
   using Layout = Shared<kDim>;
 
@@ -189,40 +224,41 @@ class KeyLoader {
   __device__ KeyLoader(const MappedParams& params, uint32_t shared)
       : params_(params),
         shared_(shared),
+        q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
         k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
         v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
 
-  __device__ void run(int key_tiles) {
-    const Share<kOwn> share(params_);
-    for (int i = share.from(params_, blockIdx.x); i < share.last;
-         i = share.from(params_, i + gridDim.x)) {
-      const Item item = share.item(params_, i);
-      const int tiles = tiles_of<kOwn>(params_, item, key_tiles);
-      for (int tile = 0; tile < tiles; ++tile) {
-        load(params_.k, params_.k_map, item, k_, Layout::k(k_.stage()), tile);
-        load(params_.v, params_.v_map, item, v_, Layout::v(v_.stage()), tile);
+  __device__ void run() {
+    for (;;) {
+      const Work work = take_work<Layout>(shared_, q_);
+      if (work.rows == 0) return;
+      q_.advance();
+      for (int tile = 0; tile < work.tiles; ++tile) {
+        load(params_.k, params_.k_map, work, k_, Layout::k(k_.stage()), tile);
+        load(params_.v, params_.v_map, work, v_, Layout::v(v_.stage()), tile);
       }
     }
   }
 
  private:
-  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Item& item,
+  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Work& work,
                        Ring<kKeyStages>& ring, uint32_t to, int tile) {
-    const int head = params_.head_begin + item.head, token = item.key + tile * kKeys;
+    const int head = params_.head_begin + work.head, token = work.key + tile * kKeys;
     wait(ring.empty_barrier(), ring.parity() ^ 1);
-    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, item.keys - tile * kKeys, kKeys,
+    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, work.keys - tile * kKeys, kKeys,
                            ring.full_barrier());
     ring.advance();
   }
 
   const MappedParams& params_;
   uint32_t shared_;
+  Ring<kQStages> q_;
   Ring<kKeyStages> k_, v_;
 };
 
-// kOwn: own blocks. kWhole: the block is whole tiles of keys. No branch may stand between the
-// products of a step and the wait for them, or the compiler waits before it.
-template <typename T, int kDim, bool kOwn, bool kWhole>
+// No branch may stand between the products of a step and the wait for them, or the compiler waits
+// before it.
+template <typename T, int kDim>
 class Consumer {
   using Layout = Shared<kDim>;
 
@@ -237,10 +273,10 @@ class Consumer {
         thread_(threadIdx.x % kGroupThreads) {}
 
   __device__ void run() {
-    Segment item = next_item();
+    Work item = next_item();
     if (item.rows == 0) return;
     int tile = 0;
-    step<true, kOwn || !kWhole>(item, tile);
+    step<true, true>(item, tile);
     for (;;) {
       if (++tile == item.tiles) {
         tile = 0;
@@ -248,7 +284,7 @@ class Consumer {
         item = next_item();
         if (item.rows == 0) break;
       }
-      if (masked(item, tile)) {
+      if ((tile + 1) * kKeys > item.seen) {
         step<false, true>(item, tile);
       } else {
         step<false, false>(item, tile);
@@ -262,19 +298,9 @@ class Consumer {
   }
 
  private:
-  __device__ Segment next_item() {
+  __device__ Work next_item() {
     wait(q_.full_barrier(), q_.parity());
-    const uint32_t from = shared_ + Layout::kSegments + q_.stage() * sizeof(Segment);
-    const uint4 word = load_shared(from);
-    Segment item{static_cast<int>(word.x), static_cast<int>(word.y), static_cast<int>(word.z),
-                 static_cast<int>(word.w)};
-    if (kOwn) {
-      const uint4 more = load_shared(from + 16);
-      item.begin = static_cast<int>(more.x);
-      item.offset = static_cast<int>(more.y);
-      item.seen = static_cast<int>(more.z);
-    }
-    return item;
+    return take_work<Layout>(shared_, q_);
   }
 
   // What the product with v of a step needs, which comes with the next one's.
@@ -286,14 +312,8 @@ class Consumer {
     int row, rows;  // of its item
   };
 
-  // Whether some of the tile's keys count for nothing.
-  static __device__ bool masked(const Segment& item, int tile) {
-    if (kOwn) return (tile + 1) * kKeys > item.seen;
-    return !kWhole && tile + 1 == item.tiles;
-  }
-
   template <bool kFirst, bool kMasked>
-  __device__ void step(const Segment& item, int tile) {
+  __device__ void step(const Work& item, int tile) {
     if (!kFirst) {
       release(Layout::kKEmpty + k_.stage() * 8);
       k_.advance();
@@ -380,16 +400,14 @@ class Consumer {
   }
 
   // Keys beyond the block, or after an own block's query, count for nothing.
-  __device__ void mask(const Segment& item, int tile) {
+  __device__ void mask(const Work& item, int tile) {
     int left[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      left[half] = item.keys - tile * kKeys - thread_ % 4 * 2;
-      if constexpr (kOwn) {
-        const int row = index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4 + half * 8;
-        const int of_query = static_cast<uint32_t>(item.begin + row) / params_.group;
-        left[half] = item.offset + of_query + 1 - tile * kKeys - thread_ % 4 * 2;
-      }
+      const int row = index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4 + half * 8;
+      const int of_query = static_cast<uint32_t>(item.begin + row) / params_.group;
+      const int keys = item.begin < 0 ? item.keys : item.offset + of_query + 1;
+      left[half] = keys - tile * kKeys - thread_ % 4 * 2;
     }
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
@@ -475,7 +493,7 @@ class Consumer {
   float max_[2] = {}, sum_[2] = {};
 };
 
-template <typename T, int kDim, bool kOwn, bool kWhole>
+template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     attend_forward_tiles_kernel(const __grid_constant__ MappedParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -486,6 +504,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kQStages; ++i) {
       init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32);
       init_barrier(shared + Layout::kQEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
+      init_barrier(shared + Layout::kWorkFull + i * 8, 1);
     }
     for (int i = 0; i < kKeyStages; ++i) {
       init_barrier(shared + Layout::kKFull + i * 8, 32);
@@ -496,45 +515,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  const int key_tiles = static_cast<int>((params.problem.block_size + kKeys - 1) / kKeys);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < 4) {
     release_registers<kLoaderRegisters>();
     if (warp < kConsumers) {
-      RowLoader<kDim, kOwn>(params, shared, warp).run(key_tiles);
+      RowLoader<kDim>(params, shared, warp).run();
     } else if (warp == kConsumers) {
-      KeyLoader<kDim, kOwn>(params, shared).run(key_tiles);
+      KeyLoader<kDim>(params, shared).run();
+    } else {
+      Finder<kDim>(params, shared).run();
     }
   } else {
     claim_registers<kConsumerRegisters>();
-    Consumer<T, kDim, kOwn, kWhole>(params, shared, warp / 4 - 1).run();
+    Consumer<T, kDim>(params, shared, warp / 4 - 1).run();
   }
 #else
   __trap();  // launch() has let it pass, and there is no code for this chip
 #endif
 }
 
-template <typename T, int kDim, bool kOwn, bool kWhole>
-cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
-  return launch_persistent(attend_forward_tiles_kernel<T, kDim, kOwn, kWhole>, kThreads,
-                           Shared<kDim>::kBytes, params, stream);
-}
-
 template <typename T, int kDim>
-cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream) {
+cudaError_t launch(const AttendForwardParams& of_call, cudaStream_t stream) {
   MappedParams params;
-  const cudaError_t error = map_keys(of_call, params);
+  cudaError_t error = map_keys(of_call, params);
+  if (error == cudaSuccess) error = cudaMemsetAsync(params.next, 0, sizeof(int32_t), stream);
   if (error != cudaSuccess) return error;
-  if (params.own_blocks > 0) return launch<T, kDim, true, true>(params, stream);
-  return params.problem.block_size % kKeys == 0 ? launch<T, kDim, false, true>(params, stream)
-                                                : launch<T, kDim, false, false>(params, stream);
+  return launch_persistent(attend_forward_tiles_kernel<T, kDim>, kThreads, Shared<kDim>::kBytes,
+                           params, stream);
 }
 
 }  // namespace forward_tiles
 
 template <DType kType, int kDim>
 cudaError_t attend_forward_tiles(const AttendForwardParams& params, cudaStream_t stream) {
-  return forward_tiles::launch_kind<Half<kType>, kDim>(params, stream);
+  return forward_tiles::launch<Half<kType>, kDim>(params, stream);
 }
 
 }  // namespace moba::cuda::sm90

@@ -54,14 +54,12 @@ struct Plan {
   int64_t segment_rows, heads_per_group, queries_per_group;
 };
 
-// The call, its sequences, and the bounds of every block with its own queries.
+// The call and its sequences.
 struct Call {
   RoutedRows params{};  // of all heads and queries
   Plan plan;
   cudaStream_t stream;
   Tensor memory;
-  int64_t* cu_blocks;
-  int32_t *own_cu_q, *own_cu_k;
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
        const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_size,
@@ -82,15 +80,11 @@ struct Call {
     problem.slots = slots;
     problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
     problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
-    const int64_t parts = problem.num_blocks + problem.batch;
-    memory = Arrays::allocate(q, [&](Arrays& arrays) {
-      cu_blocks = arrays.take<int64_t>(problem.batch + 1);
-      own_cu_q = arrays.take<int32_t>(parts + 1);
-      own_cu_k = arrays.take<int32_t>(parts + 1);
-    });
+    int64_t* cu_blocks;
+    memory = Arrays::allocate(
+        q, [&](Arrays& arrays) { cu_blocks = arrays.take<int64_t>(problem.batch + 1); });
     STD_CUDA_CHECK(metadata(problem, max_seqlen_q, max_seqlen_k, cu_blocks, stream));
     problem.cu_blocks = cu_blocks;
-    STD_CUDA_CHECK(own_blocks(problem, own_cu_q, own_cu_k, stream));
   }
 
   const Problem& problem() const { return params.problem; }
@@ -121,19 +115,6 @@ struct Call {
     of_group.queries = static_cast<uint32_t>(group.queries());
     of_group.query_begin = static_cast<uint32_t>(group.query_begin);
   }
-
-  // The own blocks of a group's heads, of all queries.
-  void set_own(RoutedRows& of_group, const Group& group) const {
-    set_group(of_group, {group.head_begin, group.head_end, 0, problem().tokens_q});
-    const int64_t blocks = problem().num_blocks + problem().batch;
-    const int64_t rows = group.heads() * problem().tokens_q * problem().group();
-    const int64_t tiles = ceil_div(problem().block_size * problem().group(), kSegmentRows);
-    MOBA_CHECK(rows <= INT32_MAX && blocks * group.heads() <= INT32_MAX / tiles, blocks,
-               " own blocks of ", group.heads(), " KV heads are too many for one call");
-    of_group.own_cu_q = own_cu_q;
-    of_group.own_cu_k = own_cu_k;
-    of_group.own_blocks = static_cast<int32_t>(blocks);
-  }
 };
 
 // A group's rows by the block that they chose.
@@ -142,13 +123,16 @@ struct Routed {
   int32_t* workspace;
   int64_t entries, lists;
 
-  Routed(const Call& call, const Group& group, bool by_head) {
+  Routed(const Call& call, const Group& group, bool by_head, bool every_list, bool own_first) {
     const Problem& problem = call.problem();
     entries = call.rows(group) * problem.slots;
     lists = group.heads() * problem.num_blocks;
     routes.segment_rows = call.plan.segment_rows;
     routes.by_head = by_head;
+    routes.every_list = every_list;
+    routes.own_first = own_first;
     routes.max_segments = lists + ceil_div(entries, routes.segment_rows);
+    if (own_first) routes.max_segments += lists + ceil_div(call.rows(group), routes.segment_rows);
     MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
     MOBA_CHECK(lists < INT32_MAX && routes.max_segments <= INT32_MAX / problem.block_size,
                "the segments of a group have 2^31 keys or more");
@@ -166,11 +150,6 @@ struct Routed {
   }
 
   void run(const Call& call, const Group& group, const int32_t* ids, RoutedRows& of_group) {
-    if (entries == 0) {
-      const size_t bytes = (lists + 1) * sizeof(int32_t);
-      STD_CUDA_CHECK(cudaMemsetAsync(routes.segment_offsets, 0, bytes, call.stream));
-      return;
-    }
     STD_CUDA_CHECK(route(call.problem(), group, ids, routes, workspace, call.stream));
     call.set_group(of_group, group);
     of_group.entries = routes.entries;
@@ -239,52 +218,38 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     STD_CUDA_CHECK(gate_topk(gate, call.stream));
   };
 
+  if (problem.slots > 0) select_blocks();
   for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
     Group group{head, call.last_head(head), 0, 0};
-    auto own = call.of_call<AttendForwardParams>();
     const int64_t own_rows = group.heads() * problem.tokens_q * problem.group();
-    const Tensor own_memory = Arrays::allocate(q, [&](Arrays& arrays) {
-      own.part_out = arrays.take<uint16_t>(own_rows * problem.head_dim);
-      own.part_lse = arrays.take<float>(own_rows);
-    });
-    call.set_own(own, group);
-    STD_CUDA_CHECK(attend_forward(own, call.stream));
-    // After the first own blocks, so that the device has work while these are launched.
-    if (head == 0 && problem.slots > 0) select_blocks();
     for (int64_t query = 0; query < problem.tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
       const int64_t q_bytes = call.rows(group) * problem.head_dim * 2;
-      Routed routed(call, group, /*by_head=*/q_bytes > kL2Bytes);
-      auto routed_rows = call.of_call<AttendForwardParams>();
+      Routed routed(call, group, /*by_head=*/q_bytes > kL2Bytes, /*every_list=*/false,
+                    /*own_first=*/true);
+      auto params = call.of_call<AttendForwardParams>();
+      const int64_t rows = routed.entries + own_rows;
+      MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
       const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
         routed.lay_out(arrays, call, group);
-        routed_rows.part_out = arrays.take<uint16_t>(routed.entries * problem.head_dim);
-        routed_rows.part_lse = arrays.take<float>(routed.entries);
+        params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
+        params.part_lse = arrays.take<float>(rows);
+        params.next = arrays.take<int32_t>(1);
       });
-      if (routed.entries > 0) {
-        routed.run(call, group, data_of<int32_t>(ids), routed_rows);
-        STD_CUDA_CHECK(attend_forward(routed_rows, call.stream));
-      }
-      MergeParams parts =
-          merge_params(call, group, routed, routed_rows.part_out, own.part_out, out);
-      parts.part_lse = routed_rows.part_lse;
-      parts.own_lse = own.part_lse;
+      routed.run(call, group, data_of<int32_t>(ids), params);
+      params.own_begin = static_cast<int32_t>(routed.entries);
+      STD_CUDA_CHECK(attend_forward(params, call.stream));
+      const void* const own =
+          static_cast<uint16_t*>(params.part_out) + routed.entries * problem.head_dim;
+      MergeParams parts = merge_params(call, group, routed, params.part_out, own, out);
+      parts.part_lse = params.part_lse;
+      parts.own_lse = params.part_lse + routed.entries;
       parts.lse = mutable_data_of<float>(lse);
       STD_CUDA_CHECK(merge(parts, call.stream));
     }
   }
   return {out, lse, ids};
-}
-
-// What attend_backward writes of dq, in `rows` rows of `segments` segments or own blocks.
-void lay_out_dq(Arrays& arrays, AttendBackwardParams& params, int64_t rows, int64_t segments) {
-  const Problem& problem = params.problem;
-  const bool halves = problem.block_size > kKeyTile;
-  params.all_rows = rows;
-  params.row_tiles = rows / 64 + segments + 1;
-  params.part_dq = arrays.take<char>(rows * problem.head_dim * (halves ? 4 : 2));
-  params.turns = arrays.take<int32_t>(halves ? params.row_tiles + 1 : 0);
 }
 
 // dout [Tq, Hq, D], dlse float32 [Hq, Tq] or none, and what the forward took and gave -> dq, dk,
@@ -305,6 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   const Problem& problem = call.problem();
   const int64_t tokens_q = problem.tokens_q, tokens_k = problem.tokens_k, dim = problem.head_dim;
   const bool halves = block_size > kKeyTile;
+  const int64_t dq_bytes = halves ? 4 : 2;
   MOBA_CHECK(tokens_q * problem.heads_q <= UINT32_MAX, "q has 2^32 rows or more");
 
   RowStatsParams stats{};
@@ -342,49 +308,53 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     const int64_t heads = group.heads(), keys = tokens_k * heads;
     MOBA_CHECK(2 * keys <= INT32_MAX, "dk and dv of a group have 2^31 rows or more");
     const bool one_range = call.plan.queries_per_group >= tokens_q;
-    AttendBackwardParams own = params;
+    AttendBackwardParams of_heads = params;
+    of_heads.own_rows = heads * tokens_q * problem.group();
+    MOBA_CHECK(of_heads.own_rows <= INT32_MAX, "a group has 2^31 rows or more");
+    if (one_range) {
+      of_heads.dk = dk.mutable_data_ptr();
+      of_heads.dv = dv.mutable_data_ptr();
+    }
     ReduceParams keys_of{};
-    call.set_own(own, group);
     const Tensor own_memory = Arrays::allocate(q, [&](Arrays& arrays) {
-      lay_out_dq(arrays, own, heads * tokens_q * problem.group(), heads * own.own_blocks);
-      own.part_dk = arrays.take<uint16_t>(keys * dim);
-      own.part_dv = arrays.take<uint16_t>(keys * dim);
+      of_heads.own_dq = arrays.take<char>(of_heads.own_rows * dim * dq_bytes);
       for (float*& sum : keys_of.sum) sum = arrays.take<float>(one_range ? 0 : keys * dim);
     });
-    STD_CUDA_CHECK(attend_backward(own, call.stream));
 
     keys_of.problem = problem;
     keys_of.problem.heads_q = keys_of.problem.heads_k = heads;
     keys_of.group = {0, heads, 0, 0};
-    const void* const own_keys[2] = {own.part_dk, own.part_dv};
+    keys_of.several = one_range;
     const Tensor* const gradients[2] = {&dk, &dv};
     for (int i = 0; i < 2; ++i) {
-      keys_of.own[i] = {own_keys[i], heads * dim, dim};
       keys_of.out[i] = mutable_rows_of(*gradients[i]);
       keys_of.out[i].data = static_cast<uint16_t*>(keys_of.out[i].data) + head * dim;
     }
     for (int64_t query = 0; query < tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      Routed routed(call, group, /*by_head=*/false);
-      AttendBackwardParams routed_rows = params;
+      Routed routed(call, group, /*by_head=*/false, /*every_list=*/true, /*own_first=*/false);
+      AttendBackwardParams of_group = of_heads;
       const int64_t segments = routed.routes.max_segments;
+      of_group.all_rows = routed.entries;
+      set_turns(of_group, routed.lists, segments);
       const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
         routed.lay_out(arrays, call, group);
-        lay_out_dq(arrays, routed_rows, routed.entries, segments);
-        routed_rows.part_dk = arrays.take<uint16_t>(segments * block_size * dim);
-        routed_rows.part_dv = arrays.take<uint16_t>(segments * block_size * dim);
+        of_group.part_dq = arrays.take<char>(routed.entries * dim * dq_bytes);
+        of_group.next = arrays.take<int32_t>(1 + of_group.row_tiles);
+        of_group.part_dk = arrays.take<uint16_t>(segments * block_size * dim);
+        of_group.part_dv = arrays.take<uint16_t>(segments * block_size * dim);
       });
-      routed.run(call, group, data_of<int32_t>(block_ids), routed_rows);
-      if (routed.entries > 0) STD_CUDA_CHECK(attend_backward(routed_rows, call.stream));
-      MergeParams parts = merge_params(call, group, routed, routed_rows.part_dq, own.part_dq, dq);
+      routed.run(call, group, data_of<int32_t>(block_ids), of_group);
+      STD_CUDA_CHECK(attend_backward(of_group, call.stream));
+      MergeParams parts = merge_params(call, group, routed, of_group.part_dq, of_group.own_dq, dq);
       parts.halves = halves;
       STD_CUDA_CHECK(merge_backward(parts, call.stream));
       keys_of.first = query == 0;
       keys_of.last = group.query_end == tokens_q;
       keys_of.segment_offsets = routed.routes.segment_offsets;
-      keys_of.pack[0] = routed_rows.part_dk;
-      keys_of.pack[1] = routed_rows.part_dv;
+      keys_of.pack[0] = of_group.part_dk;
+      keys_of.pack[1] = of_group.part_dv;
       STD_CUDA_CHECK(reduce_keys(keys_of, call.stream));
     }
   }

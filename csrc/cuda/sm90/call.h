@@ -60,4 +60,13 @@ inline void set_tensors(RoutedRows& params, const Tensor& q, const Tensor& k, co
   params.scale_log2 = static_cast<float>(softmax_scale * kLog2e);
 }
 
+// Wants the numbers of rows and the problem.
+inline void set_turns(AttendBackwardParams& params, int64_t lists, int64_t segments) {
+  if (params.problem.block_size <= kKeyTile) return;
+  const int64_t own_turns = params.all_rows / 64 + segments + 1;
+  params.row_tiles = own_turns + params.own_rows / 64 + lists + 1;
+  MOBA_CHECK(params.row_tiles <= INT32_MAX, "a group has 2^31 tiles of rows or more");
+  params.own_turns = static_cast<int32_t>(own_turns);
+}
+
 }  // namespace moba::cuda::sm90

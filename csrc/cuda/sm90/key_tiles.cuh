@@ -22,7 +22,7 @@ struct Mapped : Params {
 template <int kDim, int kKeys>
 __device__ void copy_keys(uint32_t to, const RowVectors& rows, const CUtensorMap& map, int head,
                           int token, int keys, int box, uint32_t barrier) {
-  const int lane = threadIdx.x % 32;
+  const int lane = fresh_thread_index() % 32;
   if (keys < box) {
     constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
     const int vector = lane % kVectors;

@@ -48,9 +48,10 @@ void set_routed(RoutedRows& params, const Tensor& q, const Tensor& k, const Tens
   params.slots = Divisor(static_cast<uint32_t>(problem.slots));
 }
 
-// Segments of at most kSegmentRows rows -> part_out [R * K, 1, D], part_lse float32 [R * K]; rows
-// beyond the last entry are left uninitialised.
-std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, Tensor entries,
+// Segments of at most kSegmentRows rows, those of own_first too -> part_out [n, 1, D], part_lse
+// float32 [n] of n = R * K + heads * Tq * G rows, those of own blocks, [heads, Tq, G], last; rows
+// beyond the last entry, and of queries without keys or beyond the group, are left uninitialised.
+std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor entries,
                                   Tensor segment_offsets, Tensor segment_lists, Tensor cu_rows,
                                   Tensor cu_seqlens_k, Tensor cu_blocks, int64_t block_size,
                                   double softmax_scale, int64_t head_begin, int64_t head_end,
@@ -58,56 +59,43 @@ std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, Tensor entries,
   AttendForwardParams params{};
   set_routed(params, q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k,
              cu_blocks, block_size, softmax_scale, {head_begin, head_end, query_begin, query_end});
+  const Problem& problem = params.problem;
+  check_vector(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, problem.batch + 1, q);
+  params.problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor part_out = torch::stable::new_empty(q, {entries.numel(), 1, q.size(2)});
-  Tensor part_lse = torch::stable::new_empty(q, {entries.numel()}, ScalarType::Float);
-  if (entries.numel() == 0) return {part_out, part_lse};
-  params.part_out = part_out.mutable_data_ptr();
-  params.part_lse = mutable_data_of<float>(part_lse);
-  STD_CUDA_CHECK(attend_forward(params, current_stream(q)));
-  return {part_out, part_lse};
-}
-
-// The own blocks of all queries and some heads, with bounds from flash_metadata.
-void set_own_blocks(RoutedRows& params, const Tensor& own_cu_q, const Tensor& own_cu_k,
-                    const Tensor& like) {
-  check_vector(own_cu_q, "own_cu_q", ScalarType::Int, -1, like);
-  check_vector(own_cu_k, "own_cu_k", ScalarType::Int, own_cu_q.numel(), like);
-  const int64_t blocks = own_cu_q.numel() - 1;
-  const int64_t heads = params.heads, rows = params.problem.tokens_q * params.group * heads;
-  const int64_t tiles = ceil_div(params.problem.block_size * params.group, kSegmentRows);
-  MOBA_CHECK(blocks >= 1 && rows <= INT32_MAX && blocks * heads <= INT32_MAX / tiles, blocks,
-             " own blocks of ", heads, " KV heads are too many for one call");
-  params.own_cu_q = data_of<int32_t>(own_cu_q);
-  params.own_cu_k = data_of<int32_t>(own_cu_k);
-  params.own_blocks = static_cast<int32_t>(blocks);
-}
-
-// -> part_out [heads * Tq * G, 1, D], part_lse float32 [heads * Tq * G]; queries without keys are
-// left uninitialised.
-std::tuple<Tensor, Tensor> own(Tensor q, Tensor k, Tensor v, Tensor own_cu_q, Tensor own_cu_k,
-                               int64_t block_size, double softmax_scale, int64_t head_begin,
-                               int64_t head_end) {
-  AttendForwardParams params{};
-  set_tensors(params, q, k, v, block_size, softmax_scale, {head_begin, head_end, 0, q.size(0)});
-  set_own_blocks(params, own_cu_q, own_cu_k, q);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const int64_t rows = (head_end - head_begin) * q.size(0) * params.problem.group();
+  int64_t rows = entries.numel();
+  params.own_begin = static_cast<int32_t>(rows);
+  rows += (head_end - head_begin) * q.size(0) * problem.group();
+  MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
   Tensor part_out = torch::stable::new_empty(q, {rows, 1, q.size(2)});
   Tensor part_lse = torch::stable::new_empty(q, {rows}, ScalarType::Float);
   if (rows == 0) return {part_out, part_lse};
+  Tensor next = torch::stable::new_empty(q, {1}, ScalarType::Int);
+  params.next = mutable_data_of<int32_t>(next);
   params.part_out = part_out.mutable_data_ptr();
   params.part_lse = mutable_data_of<float>(part_lse);
   STD_CUDA_CHECK(attend_forward(params, current_stream(q)));
   return {part_out, part_lse};
 }
 
-// dout [Tq, Hq, D], lse_log2 and delta float32 [Hq, Tq] of sm90_row_stats. Returns a new part_dq
-// and what its order takes.
-std::tuple<Tensor, Tensor> set_gradients(AttendBackwardParams& params, const Tensor& q,
-                                         const Tensor& dout, const Tensor& lse_log2,
-                                         const Tensor& delta, double softmax_scale, int64_t rows,
-                                         int64_t segments) {
+// Segments of any length, one of every list at least, dout [Tq, Hq, D], lse_log2 and delta float32
+// [Hq, Tq] of sm90_row_stats -> part_dq [R * K, 1, D], own_dq [heads * Tq * G, 1, D], both float32
+// [2, rows, D / 2] (stages.h) if block_size > kKeyTile, and part_dk, part_dv [S * B, 1, D]. Those
+// of a list's only segment go to dk, dv [Tk, Hk, D] instead, if the group has all queries. What
+// lies beyond the last entry or segment, and rows of queries without keys, are left uninitialised.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_op(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse_log2, Tensor delta, Tensor cu_seqlens_q,
+    Tensor entries, Tensor segment_offsets, Tensor segment_lists, Tensor cu_rows,
+    Tensor cu_seqlens_k, Tensor cu_blocks, int64_t block_size, double softmax_scale,
+    int64_t head_begin, int64_t head_end, int64_t query_begin, int64_t query_end) {
+  AttendBackwardParams params{};
+  const Group group{head_begin, head_end, query_begin, query_end};
+  set_routed(params, q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k,
+             cu_blocks, block_size, softmax_scale, group);
+  Problem& problem = params.problem;
+  check_offsets(cu_seqlens_q, "cu_seqlens_q", q, "q");
+  check_vector(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, problem.batch + 1, q);
+  problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
   check_shape(dout, "dout", q, q.size(0), q.size(1), q.size(2));
   params.dout = vectors_of(dout, "dout");
   MOBA_CHECK(q.size(0) * q.size(1) <= UINT32_MAX, "q has 2^32 rows or more");
@@ -116,63 +104,35 @@ std::tuple<Tensor, Tensor> set_gradients(AttendBackwardParams& params, const Ten
   params.lse_log2 = data_of<float>(lse_log2);
   params.delta = data_of<float>(delta);
   params.scale = static_cast<float>(softmax_scale);
-  MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
-  const bool halves = params.problem.block_size > kKeyTile;
-  Tensor part_dq = halves ? torch::stable::new_empty(q, {2, rows, q.size(2) / 2}, ScalarType::Float)
-                          : torch::stable::new_empty(q, {rows, 1, q.size(2)});
-  params.part_dq = part_dq.mutable_data_ptr();
-  params.all_rows = rows;
-  params.row_tiles = rows / 64 + segments + 1;
-  Tensor turns = torch::stable::new_empty(q, {halves ? params.row_tiles + 1 : 0}, ScalarType::Int);
-  params.turns = mutable_data_of<int32_t>(turns);
-  return {part_dq, turns};
-}
-
-// Segments of any length -> part_dq [R * K, 1, D], or float32 [2, R * K, D / 2] (stages.h) if
-// block_size > kKeyTile, and part_dk, part_dv [S * B, 1, D]; what lies beyond the last entry or
-// segment is left uninitialised.
-std::tuple<Tensor, Tensor, Tensor> attend_backward_op(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse_log2, Tensor delta, Tensor entries,
-    Tensor segment_offsets, Tensor segment_lists, Tensor cu_rows, Tensor cu_seqlens_k,
-    Tensor cu_blocks, int64_t block_size, double softmax_scale, int64_t head_begin,
-    int64_t head_end, int64_t query_begin, int64_t query_end) {
-  AttendBackwardParams params{};
-  set_routed(params, q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k,
-             cu_blocks, block_size, softmax_scale, {head_begin, head_end, query_begin, query_end});
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  params.all_rows = entries.numel();
+  params.own_rows = group.heads() * problem.tokens_q * problem.group();
+  MOBA_CHECK(params.own_rows <= INT32_MAX, "a group has 2^31 rows or more");
   const int64_t segments = segment_lists.numel();
-  auto [part_dq, turns] =
-      set_gradients(params, q, dout, lse_log2, delta, softmax_scale, entries.numel(), segments);
+  set_turns(params, params.lists, segments);
+
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const bool halves = block_size > kKeyTile;
+  const auto new_dq = [&](int64_t rows) {
+    return halves ? torch::stable::new_empty(q, {2, rows, q.size(2) / 2}, ScalarType::Float)
+                  : torch::stable::new_empty(q, {rows, 1, q.size(2)});
+  };
+  Tensor part_dq = new_dq(params.all_rows), own_dq = new_dq(params.own_rows);
   Tensor part_dk = torch::stable::new_empty(q, {segments * block_size, 1, q.size(2)});
   Tensor part_dv = torch::stable::new_empty(q, {segments * block_size, 1, q.size(2)});
-  if (entries.numel() == 0) return {part_dq, part_dk, part_dv};
+  Tensor dk = torch::stable::new_empty(q, {k.size(0), k.size(1), q.size(2)});
+  Tensor dv = torch::stable::new_empty(q, {k.size(0), k.size(1), q.size(2)});
+  Tensor next = torch::stable::new_empty(q, {1 + params.row_tiles}, ScalarType::Int);
+  params.part_dq = part_dq.mutable_data_ptr();
+  params.own_dq = own_dq.mutable_data_ptr();
   params.part_dk = part_dk.mutable_data_ptr();
   params.part_dv = part_dv.mutable_data_ptr();
-  STD_CUDA_CHECK(attend_backward(params, current_stream(q)));
-  return {part_dq, part_dk, part_dv};
-}
-
-// -> part_dq as above of rows [heads, Tq, G], dk, dv [Tk, heads, D]; queries without keys and the
-// keys of blocks without own queries are left uninitialised.
-std::tuple<Tensor, Tensor, Tensor> own_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
-                                                Tensor lse_log2, Tensor delta, Tensor own_cu_q,
-                                                Tensor own_cu_k, int64_t block_size,
-                                                double softmax_scale, int64_t head_begin,
-                                                int64_t head_end) {
-  AttendBackwardParams params{};
-  set_tensors(params, q, k, v, block_size, softmax_scale, {head_begin, head_end, 0, q.size(0)});
-  set_own_blocks(params, own_cu_q, own_cu_k, q);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const int64_t heads = head_end - head_begin, rows = heads * q.size(0) * params.problem.group();
-  auto [part_dq, turns] = set_gradients(params, q, dout, lse_log2, delta, softmax_scale, rows,
-                                        heads * params.own_blocks);
-  Tensor dk = torch::stable::new_empty(q, {k.size(0), heads, q.size(2)});
-  Tensor dv = torch::stable::new_empty(q, {k.size(0), heads, q.size(2)});
-  if (rows == 0) return {part_dq, dk, dv};
-  params.part_dk = dk.mutable_data_ptr();
-  params.part_dv = dv.mutable_data_ptr();
-  STD_CUDA_CHECK(attend_backward(params, current_stream(q)));
-  return {part_dq, dk, dv};
+  if (group.queries() == problem.tokens_q) {
+    params.dk = dk.mutable_data_ptr();
+    params.dv = dv.mutable_data_ptr();
+  }
+  params.next = mutable_data_of<int32_t>(next);
+  if (params.lists > 0) STD_CUDA_CHECK(attend_backward(params, current_stream(q)));
+  return {part_dq, own_dq, part_dk, part_dv, dk, dv};
 }
 
 // out, dout [Tq, Hq, D], lse and dlse (zeros if none) float32 [Hq, Tq] -> lse_log2 and delta
@@ -217,19 +177,12 @@ std::tuple<Tensor, Tensor> row_stats_op(Tensor out, Tensor dout, Tensor lse,
   "SymInt head_begin, SymInt head_end, SymInt query_begin, SymInt query_end"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
-  m.def("sm90_attend(Tensor q, Tensor k, Tensor v, " MOBA_ROUTED
+  m.def("sm90_attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, " MOBA_ROUTED
         ") -> (Tensor part_out, Tensor part_lse)");
   m.def(
       "sm90_attend_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse_log2, "
-      "Tensor delta, " MOBA_ROUTED ") -> (Tensor part_dq, Tensor part_dk, Tensor part_dv)");
-  m.def(
-      "sm90_own(Tensor q, Tensor k, Tensor v, Tensor own_cu_q, Tensor own_cu_k, SymInt block_size, "
-      "float softmax_scale, SymInt head_begin, SymInt head_end) "
-      "-> (Tensor part_out, Tensor part_lse)");
-  m.def(
-      "sm90_own_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse_log2, "
-      "Tensor delta, Tensor own_cu_q, Tensor own_cu_k, SymInt block_size, float softmax_scale, "
-      "SymInt head_begin, SymInt head_end) -> (Tensor part_dq, Tensor dk, Tensor dv)");
+      "Tensor delta, Tensor cu_seqlens_q, " MOBA_ROUTED
+      ") -> (Tensor part_dq, Tensor own_dq, Tensor part_dk, Tensor part_dv, Tensor dk, Tensor dv)");
   m.def(
       "sm90_row_stats(Tensor out, Tensor dout, Tensor lse, Tensor? dlse) "
       "-> (Tensor lse_log2, Tensor delta)");
@@ -238,7 +191,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
 STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, m) {
   m.impl("sm90_attend", TORCH_BOX(&moba::cuda::sm90::attend));
   m.impl("sm90_attend_backward", TORCH_BOX(&moba::cuda::sm90::attend_backward_op));
-  m.impl("sm90_own", TORCH_BOX(&moba::cuda::sm90::own));
-  m.impl("sm90_own_backward", TORCH_BOX(&moba::cuda::sm90::own_backward));
   m.impl("sm90_row_stats", TORCH_BOX(&moba::cuda::sm90::row_stats_op));
 }

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cuda/blocks.cuh"
 #include "cuda/device.cuh"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/stages.h"
@@ -39,61 +40,63 @@ struct Ring {
   __device__ void advance() { place = place + 1 == 2 * kStages ? 0 : place + 1; }
 };
 
-// Rows against the keys of a block: a segment of a list, or a block's own queries.
+// The block of a list.
+struct BlockOfList : TableBlock {
+  int head;  // KV head, from the group's first on
+
+  // A short last block is in no list of the gate's; whose it is, nothing behind it is read.
+  __device__ BlockOfList(const RoutedRows& routed, uint32_t list) {
+    const uint32_t quotient = list / routed.list_divisor;
+    const uint32_t rest = list - quotient * routed.list_divisor;
+    head = static_cast<int>(routed.by_head ? quotient : rest);
+    const auto row = static_cast<int>(routed.by_head ? rest : quotient);
+    static_cast<TableBlock&>(*this) = TableBlock(routed.problem, row);
+  }
+
+  // Of the group's queries.
+  __device__ OwnQueries own_queries(const RoutedRows& routed) const {
+    const auto begin = static_cast<int>(routed.query_begin);
+    return OwnQueries(routed.problem, *this, begin, begin + static_cast<int>(routed.queries));
+  }
+};
+
+// A segment of attend_forward: rows of a list, or where it has no entries of the block's own
+// queries.
 struct Item {
-  int list;                          // items of the same one have the same keys
-  int row, rows;                     // the first row's place in what is written, and how many
-  uint32_t key, head;                // the first key; KV head, from the group's first on
-  int keys;                          // of the block
-  int query = 0, begin = 0, offset;  // of an own block: its first query, the first row from there
-                                     // on, and the last key that its first query sees
+  int list = -1;        // items of the same one have the same keys
+  int head, key, keys;  // as BlockOfList's
+  int row, rows = 0;    // the first row's place in what is written, and how many
+  int begin, offset;    // of own rows: the first, from the block's own first on, and the last key
+                        // that this one sees; else begin is -1
+  uint32_t first;       // of own rows: the first one's number among the group's
 
   Item() = default;
 
-  // i: of the segments, or of the own blocks of all heads, each in so many parts of part_rows rows.
-  __device__ Item(const RoutedRows& routed, int i, bool own, int parts = 1, int part_rows = 0) {
-    const Problem& problem = routed.problem;
-    if (own) {
-      list = i / parts;
-      head = list / routed.own_blocks;
-      const int block = list - head * routed.own_blocks;
-      query = routed.own_cu_q[block];
-      key = routed.own_cu_k[block];
-      const int queries = routed.own_cu_q[block + 1] - query;
-      const int group = static_cast<int>(uint32_t{routed.group});
-      keys = routed.own_cu_k[block + 1] - static_cast<int>(key);
-      begin = (i - list * parts) * part_rows;
-      rows = keys > 0 ? queries * group - begin : 0;
-      if (parts > 1) rows = min(rows, part_rows);
-      row = (head * static_cast<int>(problem.tokens_q) + query) * group + begin;
-      offset = keys - queries;
-    } else {
-      list = routed.segment_lists[i];
-      row = routed.cu_rows[i];
-      rows = routed.cu_rows[i + 1] - row;
-      const uint32_t quotient = static_cast<uint32_t>(list) / routed.list_divisor;
-      const uint32_t rest = list - quotient * routed.list_divisor;
-      head = routed.by_head ? quotient : rest;
-      const auto block = static_cast<int>(routed.by_head ? rest : quotient);
-      const int sequence = find_part(problem.cu_blocks, static_cast<int>(problem.batch), block);
-      const auto of_sequence = static_cast<uint32_t>(block - problem.cu_blocks[sequence]);
-      key =
-          problem.cu_seqlens_k[sequence] + of_sequence * static_cast<uint32_t>(problem.block_size);
-      // A short last block is in no list of the gate's; whose it is, nothing behind it is read.
-      keys = min(static_cast<int>(problem.block_size),
-                 problem.cu_seqlens_k[sequence + 1] - static_cast<int>(key));
-    }
+  __device__ Item(const AttendForwardParams& params, int segment) {
+    list = params.segment_lists[segment];
+    row = params.cu_rows[segment];
+    rows = params.cu_rows[segment + 1] - row;
+    begin = -1;
+    const BlockOfList block(params, list);
+    head = block.head;
+    key = block.key;
+    keys = block.keys;
+    if (rows > 0) return;
+    const OwnQueries own = block.own_queries(params);
+    const int group = static_cast<int>(uint32_t{params.group});
+    begin = (segment - params.segment_offsets[list]) * kSegmentRows;
+    rows = min(own.count() * group - begin, kSegmentRows);
+    offset = own.offset;
+    row = params.own_begin +
+          (head * static_cast<int>(params.problem.tokens_q) + own.begin) * group + begin;
+    const int before =
+        head * static_cast<int>(params.queries) - static_cast<int>(params.query_begin);
+    first = (before + own.begin) * group + begin;
   }
 };
 
 struct RowPlace {
   uint32_t query, head;
-
-  // Of an entry of a list of the group's KV head `head_k`.
-  static __device__ RowPlace of_entry(const RoutedRows& routed, uint32_t head_k, uint32_t entry) {
-    return in_order(routed, head_k, routed.query_begin - head_k * routed.queries,
-                    entry / routed.slots);
-  }
 
   // Rows by query, those of the KV head's query heads side by side.
   static __device__ RowPlace in_order(const RoutedRows& routed, uint32_t head_k,

@@ -12,12 +12,13 @@ namespace moba::cuda::sm90 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 64;
+constexpr int kTokens = 32;
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     row_stats_kernel(const __grid_constant__ RowStatsParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Load = Vector<T, 8>;
   constexpr int kColumns = kDim / 8, kAtOnce = kThreads / kColumns;
   const int64_t head = blockIdx.x % params.heads, begin = blockIdx.x / params.heads * kTokens;
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(kThreads)
       params.delta[at] = sum - (params.dlse == nullptr ? 0.0f : params.dlse[at]);
     }
   }
+#endif
 }
 
 template <typename T>

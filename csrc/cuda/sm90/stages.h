@@ -60,21 +60,22 @@ struct RoutedRows {
   uint32_t queries, query_begin;
   Divisor slots, group;
   float scale_log2;  // of a score, for a softmax in powers of 2; not negative
-
-  // Own blocks instead, if there are any, with the bounds of own_blocks: every query against the
-  // keys of its own block, up to itself. Rows are [heads, Tq, G] then.
-  const int32_t *own_cu_q, *own_cu_k;  // [own_blocks + 1]
-  int32_t own_blocks;
 };
 
+// Wants segments for own blocks (Routes::own_first).
 struct AttendForwardParams : RoutedRows {
-  void* part_out;   // [R * K, D]
-  float* part_lse;  // [R * K] natural log
+  // Those of entries, and from row own_begin on [heads, Tq, G] those of every query and its own
+  // block, up to itself.
+  void* part_out;   // [R * K + heads * Tq * G, D]
+  float* part_lse;  // [R * K + heads * Tq * G] natural log
+  int32_t own_begin;
+  int32_t* next;  // [1], scratch for blocks of more keys than a tile
 };
 
-// Partial attention of the routed rows: of every (KV head, block), the rows that chose it, packed
-// in the order of the lists, each with one softmax over the block's keys. Row i of part_out and
-// part_lse is that of entry i, below the total. Left alone: the others, and queries without keys.
+// Partial attention of rows: of every (KV head, block), the rows that chose it, packed in the order
+// of the lists, and its own queries', each with one softmax over the block's keys. Row i of
+// part_out and part_lse is that of entry i, below the total. Left alone: the others, and queries
+// without keys.
 cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream);
 
 // For a dtype of 16 bits and a head_dim of 64 or 128; blocks of at most kKeyTile keys, and larger
@@ -90,20 +91,26 @@ struct AttendBackwardParams : RoutedRows {
   const float* delta;     // [Hq, Tq]
   float scale;            // of a score
 
-  // [all_rows, D]. Of blocks of more keys than a tile in float32 and two halves of the columns, [2,
-  // all_rows, D / 2], so that rows leave shared memory as they lie there, without bank conflicts:
-  // columns 8 * (j ^ i % (D / 16)) to + 7 of row i of a half stand at 8 * j.
-  void* part_dq;
-  int64_t all_rows;   // R * K, or heads * Tq * G
-  int32_t* turns;     // [row_tiles + 1], scratch, for blocks of more keys than a tile
-  int64_t row_tiles;  // all_rows / 64, rounded down, + segments or own blocks of all heads + 1
+  // [all_rows, D], and [heads, Tq, G, D] of own blocks. Of blocks of more keys than a tile in
+  // float32 and two halves of the columns, [2, all_rows, D / 2], so that rows leave shared memory
+  // as they lie there, without bank conflicts: columns 8 * (j ^ i % (D / 16)) to + 7 of row i of a
+  // half stand at 8 * j.
+  void *part_dq, *own_dq;
+  int64_t all_rows, own_rows;  // R * K, heads * Tq * G
+  // Scratch: what comes next, [1], and then, for blocks of more keys than a tile, [row_tiles]: a
+  // place for every 64 rows of a segment, and from own_turns on for those of a list's own block.
+  int32_t* next;
+  int64_t row_tiles;
+  int32_t own_turns;
 
-  // The keys of a segment's block, from its rows alone: [segments * block_size, D]; of own blocks
-  // [Tk, heads, D].
+  // The keys of a segment's block: [segments * block_size, D].
   void *part_dk, *part_dv;
+  // [Tk, Hk, D], for the blocks whose lists have one segment, or null if those are not all of them.
+  void *dk, *dv;
 };
 
-// Left alone: rows beyond the last entry, queries without keys, keys of blocks without own queries.
+// Wants a segment of every list (Routes::every_list). Left alone: rows beyond the last entry, and
+// queries without keys.
 cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream);
 template <DType kType, int kDim>
 cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t stream);
