@@ -124,8 +124,12 @@ class Handout {
 
   __device__ explicit Handout(uint32_t shared) : stage_(shared + Layout::kWork) {}
 
-  // Until all others have released what was there.
-  __device__ void wait_released() const { wait(stage_ + kEmpty, parity_ ^ 1); }
+  // Until all others have released what was there. Before one lane hands out the next, all must
+  // have seen that: else the next release ends a phase that a late lane still waits for.
+  __device__ void wait_released() const {
+    wait(stage_ + kEmpty, parity_ ^ 1);
+    __syncwarp();
+  }
 
   // Work, in the order of its members, then publish(): whoever looks it up has no registers for all
   // of it at once.

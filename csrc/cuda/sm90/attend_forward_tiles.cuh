@@ -124,6 +124,7 @@ class Finder {
     for (;;) {
       const Work work = next();
       wait(q_.empty_barrier(), q_.parity() ^ 1);
+      __syncwarp();  // else the next phase may end while a late lane still waits for this one
       if (threadIdx.x % 32 == 0) {
         const uint32_t to = shared_ + Layout::kWork + q_.stage() * sizeof(Work);
         store_shared(to, work.row, work.rows, work.keys, work.tiles);
