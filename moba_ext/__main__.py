@@ -1,7 +1,9 @@
 """``python -m moba_ext info``: how this package was built, and what works on this machine."""
 
 import argparse
+import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m moba_ext", description=__doc__)
     parser.add_argument("command", choices=["info"])
     parser.parse_args()
-    print(info())
+    try:
+        print(info(), flush=True)
+    except BrokenPipeError:  # whoever reads, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
 if __name__ == "__main__":

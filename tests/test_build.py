@@ -77,6 +77,15 @@ def test_info_command(tmp_path):
         assert lines[name] == (f"unavailable: {reason}" if reason else "available")
 
 
+def test_info_into_a_closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "moba_ext", "info"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert result.returncode == 0 and result.stderr == ""
+
+
 @pytest.mark.parametrize("library", [f"libmoba_{name}.so" for name in _C.build_info()["libraries"]])
 def test_libraries_need_only_the_stable_abi(library):
     needed = subprocess.run(
