@@ -481,15 +481,17 @@ def test_merge_layouts(head_dim, dtype, layout):
     assert not dq[:50].any() and not dq[333:].any(), "wrote outside of the group"
 
 
-def test_repeated_runs_are_bit_equal(poisoned):
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_repeated_runs_are_bit_equal(block_size, poisoned):
     """Also with fewer rows around each: a row's bits depend on itself and its block."""
-    call = make_call(self_attention(20_000, 8, 2, 128, 128, 8), hot=True)
+    call = make_call(self_attention(20_000, 8, 2, 128, block_size, 8), hot=True)
     inputs, group = stage_inputs(call, torch.bfloat16), Group(0, 2, 0, 20_000)
     first = Attended(call, group, inputs, 0.1)
-    for rows in [SEGMENT_ROWS] * 50 + [100, 31]:
+    for rows in [SEGMENT_ROWS] * 100 + [100, 31]:
         again = Attended(call, group, inputs, 0.1, rows)
         assert torch.equal(first.out[: first.used], again.out[: first.used])
         assert torch.equal(first.lse[: first.used], again.lse[: first.used])
+        assert all(map(torch.equal, first.own, again.own))
 
 
 @pytest.mark.parametrize("block_size", [128, 512])
