@@ -429,7 +429,7 @@ cudaError_t launch_merge(const MergeArgs& args, cudaStream_t stream) {
                                                           M::kBytes);
   }
   if (error != cudaSuccess) return error;
-  const int64_t wanted = ceil_div(int64_t{processors} * blocks, args.heads);
+  const int64_t wanted = std::max<int64_t>(processors * blocks / args.heads, 1);
   const auto columns = static_cast<unsigned>(std::min(ceil_div(args.queries, M::kQueries), wanted));
   merge_kernel<M><<<dim3(columns, args.heads), kThreads, M::kBytes, stream>>>(args);
   return cudaGetLastError();
