@@ -21,14 +21,16 @@
 namespace moba::cuda::sm90 {
 namespace forward_tile {
 
-using MappedParams = Mapped<AttendForwardParams>;
+struct MappedParams : Mapped<AttendForwardParams> {
+  CUtensorMap out_map;  // of part_out: boxes of 64 columns of a warp's rows
+};
 
 constexpr int kConsumers = 3;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kLoaderRegisters = 56, kConsumerRegisters = 152;
 static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
               (1 + kConsumers) * registers_at_launch(kThreads));
-constexpr int kTileRows = 64;
+constexpr int kTileRows = 64, kWarpRows = 16;
 constexpr int kKeyStages = 2;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -49,11 +51,9 @@ static_assert(sizeof(Keys) == 8);
 // Bytes of dynamic shared memory, and where in it things are.
 template <int kDim, int kKeys>
 struct Shared {
-  static constexpr int kRowBytes = kDim * 2, kRowStride = kRowBytes + 16;
-  static constexpr int kQBytes = kTileRows * kRowStride;
-  static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
-  static constexpr int kOutStride = 128 + 16;         // of 64 columns of a row
-  static constexpr int kOutBytes = 16 * kOutStride;   // of a warp
+  static constexpr int kQBytes = kTileRows * kDim * 2;
+  static constexpr int kKeyBytes = kKeys * kDim * 2;      // of k, and of v
+  static constexpr int kOutBytes = kWarpRows * kDim * 2;  // of a warp
   static constexpr int kQ = kKeyStages * 2 * kKeyBytes;
   static constexpr int kOut = kQ + kConsumers * kQBytes;
   static constexpr int kTiles = kOut + kConsumers * 4 * kOutBytes;
@@ -189,8 +189,8 @@ class RowLoader {
     }
     constexpr int kAtOnce = 32 / kVectors;  // rows
     const int vector = lane_ % kVectors, first = lane_ / kVectors;
-    const uint32_t to = shared_ + Layout::kQ + consumer_ * Layout::kQBytes +
-                        first * Layout::kRowStride + vector * 16;
+    const uint32_t to =
+        shared_ + Layout::kQ + consumer_ * Layout::kQBytes + vector_at(kTileRows, first, vector);
     const uint4* const from = params_.q.data + vector;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
@@ -201,7 +201,8 @@ class RowLoader {
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         const uint32_t row = __shfl_sync(~0u, mine, first + j * kAtOnce);
-        copy_async(to + (i * 32 + j * kAtOnce) * Layout::kRowStride, from + row, true);
+        // The row's number modulo 8 is first + j * kAtOnce % 8, whose bits don't meet.
+        copy_async((to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128, from + row, true);
       }
     }
     arrive_after_copies(full);
@@ -263,7 +264,7 @@ class Consumer {
   using Layout = Shared<kDim, kKeys>;
 
  public:
-  __device__ Consumer(const AttendForwardParams& params, uint32_t shared, int index)
+  __device__ Consumer(const MappedParams& params, uint32_t shared, int index)
       : params_(params),
         shared_(shared),
         index_(index),
@@ -280,7 +281,7 @@ class Consumer {
       load_q(q);
       release(Layout::kQEmpty + index_ * 8);
       while (changes_ < tile.keys) change_keys();
-      if (tile.rows == 0) return;
+      if (tile.rows == 0) break;
       float s[kKeys / 2], out[kDim / 2], max[2], sum[2];
       uint32_t p[kKeys / 16][4];
       scores(q, s);
@@ -289,15 +290,18 @@ class Consumer {
       values(p, out);
       store(tile, out, max, sum);
     }
+    if (lane_ == 0) wait_bulk_read();
   }
 
  private:
   // The warp's 16 rows, as the A of products.
   __device__ void load_q(uint32_t (&q)[kDim / 16][4]) const {
     const uint32_t from = shared_ + Layout::kQ + index_ * Layout::kQBytes +
-                          (warp_ * 16 + lane_ % 16) * Layout::kRowStride + lane_ / 16 * 16;
+                          vector_at(kTileRows, warp_ * kWarpRows + lane_ % 16, lane_ / 16);
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) load_matrices(q[i], from + i * 32);
+    for (int i = 0; i < kDim / 16; ++i) {
+      load_matrices(q[i], (from ^ i % 4 * 32) + i / 4 * kTileRows * 128);
+    }
   }
 
   __device__ void change_keys() {
@@ -389,10 +393,10 @@ class Consumer {
     hold(out);
   }
 
-  // A warp's 16 rows, by way of shared memory of its own, 64 columns at a time.
+  // A warp's rows, by way of shared memory of its own, from where the copy engine takes them.
   __device__ void store(const Tile& tile, const float (&out)[kDim / 2], const float (&max)[2],
                         const float (&sum)[2]) const {
-    const int rows = tile.rows - warp_ * 16, first = tile.row + warp_ * 16;
+    const int rows = tile.rows - warp_ * kWarpRows, first = tile.row + warp_ * kWarpRows;
     float scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -404,26 +408,35 @@ class Consumer {
       scale[half] = reciprocal_fast(sum[half]);
     }
     const uint32_t own = shared_ + Layout::kOut + (index_ * 4 + warp_) * Layout::kOutBytes;
-    const uint32_t to = own + lane_ % 16 * Layout::kOutStride + lane_ / 16 * 16;
-    const uint32_t from = own + lane_ / 8 * Layout::kOutStride + lane_ % 8 * 16;
-    uint4* const part = static_cast<uint4*>(params_.part_out) +
-                        static_cast<int64_t>(first + lane_ / 8) * (kDim / 8) + lane_ % 8;
+    const uint32_t to = own + vector_at(kWarpRows, lane_ % 16, lane_ / 16);
+    if (lane_ == 0) wait_bulk_read();  // of what was there before
+    __syncwarp();
 #pragma unroll
-    for (int panel = 0; panel < kDim / 64; ++panel) {
+    for (int i = 0; i < kDim / 16; ++i) {
+      const float* const x = out + i * 8;
+      store_matrices(
+          (to ^ i % 4 * 32) + i / 4 * kWarpRows * 128, pack<T>(x[0] * scale[0], x[1] * scale[0]),
+          pack<T>(x[2] * scale[1], x[3] * scale[1]), pack<T>(x[4] * scale[0], x[5] * scale[0]),
+          pack<T>(x[6] * scale[1], x[7] * scale[1]));
+    }
+    if (rows >= kWarpRows) {
+      fence_async_proxy();
       __syncwarp();
+      if (lane_ == 0) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* const x = out + panel * 32 + i * 8;
-        store_matrices(to + i * 32, pack<T>(x[0] * scale[0], x[1] * scale[0]),
-                       pack<T>(x[2] * scale[1], x[3] * scale[1]),
-                       pack<T>(x[4] * scale[0], x[5] * scale[0]),
-                       pack<T>(x[6] * scale[1], x[7] * scale[1]));
+        for (int panel = 0; panel < kDim / 64; ++panel) {
+          store_tensor(params_.out_map, panel * 64, first, own + panel * kWarpRows * 128);
+        }
+        commit_bulk();
       }
+    } else {  // the rows behind them are others'
       __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        store_global(part + i * 4 * (kDim / 8) + panel * 8,
-                     load_shared(from + i * 4 * Layout::kOutStride), lane_ / 8 + i * 4 < rows);
+      constexpr int kVectors = kDim / 8, kAtOnce = 32 / kVectors;
+      const int vector = lane_ % kVectors;
+      uint4* const part = static_cast<uint4*>(params_.part_out) + vector;
+      for (int row = lane_ / kVectors; row < rows; row += kAtOnce) {
+        const uint4 from = load_shared(own + vector_at(kWarpRows, row, vector));
+        store_global(part + int64_t{first + row} * kVectors, from, true);
       }
     }
   }
@@ -431,7 +444,7 @@ class Consumer {
   // The warp has done with a stage.
   __device__ void release(int barrier) const { arrive_warp(shared_ + barrier); }
 
-  const AttendForwardParams& params_;
+  const MappedParams& params_;
   uint32_t shared_;
   int index_, warp_, lane_;
   int changes_ = 0;  // of keys, up to here
@@ -482,10 +495,21 @@ cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
                            Shared<kDim, kKeys>::kBytes, params, stream);
 }
 
+inline cudaError_t map_out(const AttendForwardParams& params, CUtensorMap& map) {
+  const Problem& problem = params.problem;
+  const int64_t own_rows = uint32_t{params.heads} * problem.tokens_q * problem.group();
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(problem.head_dim),
+                              static_cast<cuuint64_t>(params.own_begin + own_rows)};
+  const cuuint64_t strides[] = {sizes[0] * 2};
+  const cuuint32_t box[] = {64, kWarpRows};
+  return encode_map(map, problem.dtype, 2, params.part_out, sizes, strides, box);
+}
+
 template <typename T, int kDim, int kKeys>
 cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream) {
   MappedParams params;
-  const cudaError_t error = map_keys(of_call, params);
+  cudaError_t error = map_keys(of_call, params);
+  if (error == cudaSuccess) error = map_out(of_call, params.out_map);
   if (error != cudaSuccess) return error;
   return params.problem.block_size == kKeys ? launch<T, kDim, kKeys, true>(params, stream)
                                             : launch<T, kDim, kKeys, false>(params, stream);

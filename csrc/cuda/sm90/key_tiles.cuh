@@ -54,8 +54,12 @@ inline __device__ void clear_short_tiles(uint32_t tiles, int bytes, const Proble
   fence_async_proxy();
 }
 
-// The driver's function, found at run time: the library must load where there is no driver.
-inline cudaError_t map_rows(CUtensorMap& map, const RowVectors& rows, const Problem& problem) {
+// Boxes of a tensor of `dimensions`, the head dimension first, of 16-bit elements, which lie in
+// shared memory as panels. The driver's function, found at run time: the library must load where
+// there is no driver.
+inline cudaError_t encode_map(CUtensorMap& map, DType dtype, int dimensions, const void* data,
+                              const cuuint64_t* sizes, const cuuint64_t* strides,
+                              const cuuint32_t* box) {
   static const auto function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
@@ -66,21 +70,24 @@ inline cudaError_t map_rows(CUtensorMap& map, const RowVectors& rows, const Prob
                : nullptr;
   }();
   if (function == nullptr) return cudaErrorNotSupported;
+  const cuuint32_t steps[] = {1, 1, 1};
+  const CUresult result = function(
+      &map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      dimensions, const_cast<void*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t map_rows(CUtensorMap& map, const RowVectors& rows, const Problem& problem) {
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const cuuint64_t sizes[] = {size(problem.head_dim), size(problem.heads_k),
                               size(problem.tokens_k)};
   const cuuint64_t strides[] = {size(rows.head_step) * 16, size(rows.token_step) * 16};
   const cuuint32_t box[] = {
       64, 1, static_cast<cuuint32_t>(std::min<int64_t>(problem.block_size, kKeyTile))};
-  const cuuint32_t steps[] = {1, 1, 1};
-  const CUresult result =
-      function(&map,
-               problem.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-               3, const_cast<uint4*>(rows.data), sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encode_map(map, problem.dtype, 3, rows.data, sizes, strides, box);
 }
 
 template <typename Params>

@@ -175,6 +175,14 @@ inline __device__ void copy_tensor(uint32_t to_shared, const CUtensorMap& map, i
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
+// The other way, two-dimensional, of a bulk group of this thread.
+inline __device__ void store_tensor(const CUtensorMap& map, int x, int y, uint32_t from_shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
+          &map),
+      "r"(x), "r"(y), "r"(from_shared)
+      : "memory");
+}
 // Bulk copies from shared to global memory, for one thread: float32 may be added to what is there.
 inline __device__ void copy_bulk(void* to, uint32_t from_shared, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
