@@ -32,6 +32,9 @@ constexpr int kUnroll = 4;
 // Counters of a tile are in shared memory up to this size, else in the table: more of them would
 // leave too few warps per multiprocessor to hide the latency of either.
 constexpr int64_t kMaxShared = 48 * 1024;
+// Two thread blocks of place_sorted per multiprocessor at least; few enough entries for 16 bits.
+constexpr int64_t kMaxSorted = 104 * 1024;
+static_assert(kMaxSorted / 4 < 1 << 16);
 
 // Sizes of the sort; entries are counted within a KV head.
 struct Sort {
@@ -268,34 +271,24 @@ __device__ void write_segment(const Routes& routes, int64_t lists, int64_t block
   routes.cu_keys[segment] = static_cast<int32_t>(min(segment, used) * block_size);
 }
 
-template <bool kShared>
-__global__ void __launch_bounds__(kPlaceWarps * 32)
-    place_kernel(Sort sort, Routes routes, int64_t block_size, uint32_t segment_blocks,
-                 int32_t* table) {
-  extern __shared__ int32_t shared_counters[];  // [warps, NB]
-  if (blockIdx.x < segment_blocks) {
-    const int64_t segment = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    if (segment <= routes.max_segments) {
-      write_segment(routes, int64_t{sort.heads} * sort.num_blocks, block_size, segment);
-    }
-    return;
+// The first thread blocks of a grid write the segments: those of place's threads.
+__device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t block_size,
+                              uint32_t segment_blocks) {
+  if (blockIdx.x >= segment_blocks) return false;
+  const int64_t segment = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (segment <= routes.max_segments) {
+    write_segment(routes, int64_t{sort.heads} * sort.num_blocks, block_size, segment);
   }
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t item = (blockIdx.x - segment_blocks) * (blockDim.x / 32) + warp;
-  if (item >= sort.heads * sort.tiles) return;
-  const uint32_t head = item / sort.tiles, begin = item % sort.tiles * sort.tile;
-  const uint32_t end = min(begin + sort.tile, sort.entries);
-  const uint32_t head_entries = head * sort.entries;
-  int32_t* const row = table + int64_t{item} * sort.num_blocks;
-  // Of every block, the place of the tile's next entry: in entries, or in its list for the table.
-  int32_t* const counters = kShared ? shared_counters + warp * sort.num_blocks : row;
-  if (kShared) {
-    for (uint32_t n = lane; n < sort.num_blocks; n += 32) {
-      counters[n] = row[n] + routes.offsets[sort.list(head, n)];
-    }
-    __syncwarp();
-  }
+  return true;
+}
 
+// A warp goes through the entries of a tile in order: put(entry, block, place) of each, place from
+// counters, which have that of every block's next one; block -1 where none is chosen.
+template <typename Counter, typename Put>
+__device__ void walk(const Sort& sort, uint32_t head, uint32_t tile, Counter* counters,
+                     const Put& put) {
+  const uint32_t lane = threadIdx.x % 32, begin = tile * sort.tile;
+  const uint32_t end = min(begin + sort.tile, sort.entries);
   Sequence sequence;
   Entries ahead;
   ahead.load(sort, head, begin + lane, 32, end);
@@ -311,12 +304,99 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
       int32_t place = 0;
       if (chosen) place = counters[blocks[u]] + __popc(same & ((1u << lane) - 1));
       __syncwarp();
-      if (chosen && same >> lane == 1) counters[blocks[u]] = place + 1;
+      if (chosen && same >> lane == 1) counters[blocks[u]] = static_cast<Counter>(place + 1);
       __syncwarp();
-      if (chosen && !kShared) place += routes.offsets[sort.list(head, blocks[u])];
-      if (entry < end) routes.positions[head_entries + entry] = chosen ? place : -1;
-      if (chosen) routes.entries[place] = static_cast<int32_t>(head_entries + entry);
+      if (entry < end) put(entry, blocks[u], place);
     }
+  }
+}
+
+template <bool kShared>
+__global__ void __launch_bounds__(kPlaceWarps * 32)
+    place_kernel(Sort sort, Routes routes, int64_t block_size, uint32_t segment_blocks,
+                 int32_t* table) {
+  extern __shared__ int32_t shared_counters[];  // [warps, NB]
+  if (wrote_segment(sort, routes, block_size, segment_blocks)) return;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t item = (blockIdx.x - segment_blocks) * (blockDim.x / 32) + warp;
+  if (item >= sort.heads * sort.tiles) return;
+  const uint32_t head = item / sort.tiles, head_entries = head * sort.entries;
+  int32_t* const row = table + int64_t{item} * sort.num_blocks;
+  // Of every block, the place of the tile's next entry: in entries, or in its list for the table.
+  int32_t* const counters = kShared ? shared_counters + warp * sort.num_blocks : row;
+  if (kShared) {
+    for (uint32_t n = lane; n < sort.num_blocks; n += 32) {
+      counters[n] = row[n] + routes.offsets[sort.list(head, n)];
+    }
+    __syncwarp();
+  }
+  walk(sort, head, item % sort.tiles, counters, [&](uint32_t entry, int32_t n, int32_t place) {
+    const bool chosen = n >= 0;
+    if (chosen && !kShared) place += routes.offsets[sort.list(head, n)];
+    routes.positions[head_entries + entry] = chosen ? place : -1;
+    if (chosen) routes.entries[place] = static_cast<int32_t>(head_entries + entry);
+  });
+}
+
+// What the thread block of place_sorted has in dynamic shared memory.
+int64_t sorted_bytes(int64_t num_blocks, int64_t tile) {
+  return num_blocks * 4 + kPlaceWarps * (tile * 4 + num_blocks * 2);
+}
+
+// The same for as many tiles as warps, whose entries are sorted by block in shared memory: written
+// one by one, they keep the L2 busy with words.
+__global__ void __launch_bounds__(kPlaceWarps * 32, 2)
+    place_sorted_kernel(Sort sort, Routes routes, int64_t block_size, uint32_t segment_blocks,
+                        const int32_t* table) {
+  extern __shared__ int32_t shared[];
+  __shared__ int64_t scratch[kPlaceWarps];
+  if (wrote_segment(sort, routes, block_size, segment_blocks)) return;
+  const uint32_t num_blocks = sort.num_blocks, warp = threadIdx.x / 32;
+  int32_t* const base = shared;  // [NB] of a block: what makes a place here one in entries
+  auto* const sorted = reinterpret_cast<uint32_t*>(base + num_blocks);  // block, entry's low half
+  auto* const counters = reinterpret_cast<uint16_t*>(sorted + kPlaceWarps * sort.tile);
+
+  const uint32_t runs = (sort.tiles + kPlaceWarps - 1) / kPlaceWarps;
+  const uint32_t head = (blockIdx.x - segment_blocks) / runs;
+  const uint32_t first = (blockIdx.x - segment_blocks) % runs * kPlaceWarps;
+  const uint32_t count = min(sort.tiles - first, uint32_t{kPlaceWarps});  // of tiles
+  const int32_t* const rows = table + (int64_t{head} * sort.tiles + first) * num_blocks;
+  int64_t chosen = 0;
+  for (uint32_t begin = 0; begin < num_blocks; begin += kPlaceWarps * 32) {
+    const uint32_t n = begin + threadIdx.x;
+    const bool inside = n < num_blocks;
+    const int64_t list = sort.list(head, inside ? n : 0);
+    const int32_t offset = routes.offsets[list], before = inside ? rows[n] : 0;
+    int32_t after = before;
+    if (inside) {
+      after = first + count < sort.tiles ? rows[count * num_blocks + n]
+                                         : routes.offsets[list + 1] - offset;
+    }
+    int64_t total;
+    const int64_t sum = block_scan<kPlaceWarps * 32>(after - before, scratch, total);
+    const auto place = static_cast<int32_t>(chosen + sum) - (after - before);
+    chosen += total;
+    if (!inside) continue;
+    base[n] = offset + before - place;
+    for (uint32_t tile = 0; tile < count; ++tile) {
+      counters[tile * num_blocks + n] =
+          static_cast<uint16_t>(place + rows[tile * num_blocks + n] - before);
+    }
+  }
+  __syncthreads();
+  const uint32_t origin = head * sort.entries, entry_begin = first * sort.tile;
+  if (warp < count) {
+    walk(sort, head, first + warp, counters + warp * num_blocks,
+         [&](uint32_t entry, int32_t n, int32_t place) {
+           routes.positions[origin + entry] = n < 0 ? -1 : base[n] + place;
+           if (n >= 0) sorted[place] = static_cast<uint32_t>(n) << 16 | (entry - entry_begin);
+         });
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < chosen; i += kPlaceWarps * 32) {
+    const uint32_t word = sorted[i];
+    routes.entries[base[word >> 16] + i] =
+        static_cast<int32_t>(origin + entry_begin + (word & 0xffff));
   }
 }
 
@@ -337,8 +417,8 @@ __global__ void __launch_bounds__(kFlatThreads)
 }
 
 template <bool kShared>
-void launch(const Sort& sort, const Problem& problem, const Group& group, const Routes& routes,
-            int32_t* table, cudaStream_t stream) {
+cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
+                   const Routes& routes, int32_t* table, cudaStream_t stream) {
   const int64_t lists = int64_t{sort.heads} * sort.num_blocks;
   const uint32_t tiles = sort.heads * sort.tiles;
   const int64_t counter_bytes = kShared ? counters_bytes(sort.num_blocks) : 0;
@@ -351,14 +431,29 @@ void launch(const Sort& sort, const Problem& problem, const Group& group, const 
   }
   lists_kernel<<<1, kScanThreads, 0, stream>>>(lists, routes);
   int64_t warps = kPlaceWarps;
-  if constexpr (kShared) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
+  const int64_t bytes = sorted_bytes(sort.num_blocks, sort.tile);
+  const bool sorted = bytes <= kMaxSorted;
+  if constexpr (kShared) {
+    if (!sorted) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
+  }
   const int64_t segment_blocks =
       routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
-  const int64_t grid = segment_blocks + ceil_div(tiles, warps);
-  if (grid > 0) {
+  const auto segments = static_cast<uint32_t>(segment_blocks);
+  if (sorted) {
+    const int64_t grid = segment_blocks + sort.heads * ceil_div(sort.tiles, warps);
+    if (grid == 0) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(
+        place_sorted_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) return error;
+    place_sorted_kernel<<<grid, warps * 32, bytes, stream>>>(sort, routes, problem.block_size,
+                                                             segments, table);
+  } else {
+    const int64_t grid = segment_blocks + ceil_div(tiles, warps);
+    if (grid == 0) return cudaSuccess;
     place_kernel<kShared><<<grid, warps * 32, warps * counter_bytes, stream>>>(
-        sort, routes, problem.block_size, static_cast<uint32_t>(segment_blocks), table);
+        sort, routes, problem.block_size, segments, table);
   }
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -374,12 +469,9 @@ cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids
   sort.ids = ids;
   sort.head_step = routes.by_head ? sort.num_blocks : 1;
   sort.block_step = routes.by_head ? 1 : sort.heads;
-  if (counters_bytes(problem.num_blocks) <= kMaxShared) {
-    launch<true>(sort, problem, group, routes, workspace, stream);
-  } else {
-    launch<false>(sort, problem, group, routes, workspace, stream);
-  }
-  return cudaGetLastError();
+  return counters_bytes(problem.num_blocks) <= kMaxShared
+             ? launch<true>(sort, problem, group, routes, workspace, stream)
+             : launch<false>(sort, problem, group, routes, workspace, stream);
 }
 
 cudaError_t route_to_flat(const Problem& problem, const Routes& routes, int64_t* offsets,
