@@ -36,7 +36,7 @@ int64_t num_blocks(int64_t tokens_k, int64_t batch, int64_t block_size) {
 RouteTable route_table(int64_t heads, int64_t entries_of_head, int64_t num_blocks) {
   constexpr int64_t kMinTile = 256, kMostTiles = 8192;  // enough warps for a large GPU
   const int64_t most = ceil_div(heads * entries_of_head, kMostTiles);
-  const int64_t tile = round_up(std::max({num_blocks, kMinTile, most}), 128);
+  const int64_t tile = std::max({num_blocks / 128 * 128, kMinTile, round_up(most, 128)});
   const int64_t tiles = ceil_div(entries_of_head, tile);
   return {tile, tiles, heads * tiles * num_blocks};
 }

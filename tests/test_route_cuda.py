@@ -45,7 +45,7 @@ def test_many_tiles(poisoned):
     assert_routed(hot, Group(0, 1, 1000, 5999), 1024)
 
 
-@pytest.mark.parametrize("length", [1500, 5000, 40_000])
+@pytest.mark.parametrize("length", [1500, 3000, 5000, 40_000])
 def test_many_blocks(length, poisoned):
     """Entries sorted in shared memory, counters alone there, and counters that don't fit."""
     call = make_call(Case([length // 2], [length], 2, 1, 8, 1, 4))

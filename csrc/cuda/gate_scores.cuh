@@ -64,7 +64,7 @@ __device__ void mma(float& s00, float& s01, float& s10, float& s11, uint32_t a0,
 template <typename T, int kDim>
 struct Scorer {
   static constexpr bool kTogether = false;                // every warp may stop calling scores
-  static constexpr int kQBytes = 0;                       // of shared memory for load_q
+  static constexpr int kQBytes = 0;                       // of shared memory for start_q
   static constexpr int kRowGroups = kDim <= 128 ? 4 : 2;  // of a warp; q needs 64 registers
   static constexpr int kUnits = kRowGroups;
   static constexpr int kStageBytes = kTileBlocks * kDim * static_cast<int>(sizeof(T));
@@ -78,7 +78,7 @@ struct Scorer {
   // One branch around all loads: with one per load, each waited for the one before, a quarter of
   // the kernel's time.
   template <typename Row>
-  __device__ void load_q(const Row& row, int head_dim, bool aligned, char*) {
+  __device__ void start_q(const Row& row, int head_dim, bool aligned, char*) {
     if (aligned) {
       load_q_by(row, head_dim,
                 [](const T* from) { return __ldcs(reinterpret_cast<const uint4*>(from)); });
@@ -90,6 +90,8 @@ struct Scorer {
       });
     }
   }
+
+  __device__ void finish_q(bool, const char*) {}
 
   // All threads copy tile `first` of the centroids; rows from `blocks` on are zero. The vectors of
   // odd rows swap halves, so that 8 lanes that read 4 vectors of 2 neighbouring rows meet all
@@ -187,11 +189,12 @@ struct Scorer<float, kDim> {
   bool aligned_q;
 
   template <typename Row>
-  __device__ void load_q(const Row& row, int, bool aligned, char*) {
+  __device__ void start_q(const Row& row, int, bool aligned, char*) {
 #pragma unroll
     for (int i = 0; i < kRowGroups; ++i) q[i] = row(i * 8 + threadIdx.x % 32 / 4);
     aligned_q = aligned;
   }
+  __device__ void finish_q(bool, const char*) {}
 
   static __device__ void fetch(char*, const Centroids<float>&, int, int) {}
   static __device__ void arrived() {}

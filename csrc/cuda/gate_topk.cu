@@ -354,20 +354,23 @@ __global__ void __launch_bounds__(kGateThreads,
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * Layout::kWarpRows;
   const int own_row = warp_row + lane;
   const bool owner = lane < Layout::kWarpRows && own_row < tile.count;
-  if (problem.cu_blocks[0] != 0) {
-    if (owner) store_invalid(row_output(params, output_of(problem, tile, own_row)), problem.slots);
-    return;
-  }
-  if (owner) rows[own_row] = find_row(problem, tile, own_row);
+  // On its way while the sequences are looked up: blocks are few where rows are many.
+  char* const staging = shared + Layout::kScores + warp_row * kPitch * 4;
   S scorer;
-  scorer.load_q(
+  scorer.start_q(
       [&](int of_warp) -> const T* {
         // Rows beyond the last repeat it: none of their scores is looked at.
         const int row = min(warp_row + of_warp, tile.count - 1);
         return static_cast<const T*>(params.q.data) + tile.query(row) * params.q.token_stride +
                tile.head(row) * params.q.head_stride;
       },
-      head_dim, aligned_q, shared + Layout::kScores + warp_row * kPitch * 4);
+      head_dim, aligned_q, staging);
+  if (problem.cu_blocks[0] != 0) {
+    if (owner) store_invalid(row_output(params, output_of(problem, tile, own_row)), problem.slots);
+    return;
+  }
+  if (owner) rows[own_row] = find_row(problem, tile, own_row);
+  scorer.finish_q(aligned_q, staging);
   Best best(static_cast<int>(problem.slots),
             reinterpret_cast<int64_t*>(shared + Layout::kHeap) + own_row,
             owner ? row_output(params, rows[own_row].output) : RowOutput{});

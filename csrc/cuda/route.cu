@@ -32,8 +32,9 @@ constexpr int kUnroll = 4;
 // Counters of a tile are in shared memory up to this size, else in the table: more of them would
 // leave too few warps per multiprocessor to hide the latency of either.
 constexpr int64_t kMaxShared = 48 * 1024;
-// Two thread blocks of place_sorted per multiprocessor at least; few enough entries for 16 bits.
-constexpr int64_t kMaxSorted = 104 * 1024;
+// A thread block of place_sorted has this much at most, so that a multiprocessor has two; few
+// enough entries for 16 bits.
+constexpr int64_t kMaxSorted = 113 * 1024 - 128;
 static_assert(kMaxSorted / 4 < 1 << 16);
 
 // Sizes of the sort; entries are counted within a KV head.
@@ -224,28 +225,46 @@ __global__ void __launch_bounds__(kScanThreads) lists_kernel(int64_t lists, Rout
   }
   const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
   int64_t carry = 0;
+  const int lane = threadIdx.x % 32;
   for (int64_t begin = 0; begin < lists; begin += kScanThreads * kScanItems) {
-    const int64_t first = begin + threadIdx.x * kScanItems;
-    int64_t counts[kScanItems], sum = 0;
+    // A warp has kScanItems * 32 neighbours, so that 32 of them are loaded or stored at a time.
+    const int64_t first = begin + (threadIdx.x - lane) * kScanItems + lane;
+    int64_t sums[kScanItems], of_warp = 0;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) {
-      counts[i] = 0;
-      if (first + i >= lists) continue;
-      const uint32_t rows = routes.offsets[first + i + 1];
-      uint32_t segments = (rows + segment_rows - 1) / segment_rows;
-      if (routes.own_first) segments += routes.segment_offsets[first + i + 1];
-      counts[i] = int64_t{max(segments, uint32_t{routes.every_list})} << 32 | rows;
-      sum += counts[i];
+      const int64_t list = first + i * 32;
+      int64_t sum = 0;
+      if (list < lists) {
+        const uint32_t rows = routes.offsets[list + 1];
+        uint32_t segments = (rows + segment_rows - 1) / segment_rows;
+        if (routes.own_first) segments += routes.segment_offsets[list + 1];
+        sum = int64_t{max(segments, uint32_t{routes.every_list})} << 32 | rows;
+      }
+      sums[i] = sum;
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+      for (int64_t& sum : sums) {
+        const int64_t below = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += below;
+      }
+    }
+#pragma unroll
+    for (int64_t& sum : sums) {
+      sum += of_warp;
+      of_warp = __shfl_sync(~0u, sum, 31);
     }
     int64_t total;
-    int64_t running = carry + block_scan<kScanThreads>(sum, scratch, total) - sum;
+    const int64_t last = lane == 31 ? of_warp : 0;
+    const int64_t before = carry + block_scan<kScanThreads>(last, scratch, total) - last;
 #pragma unroll
     for (int i = 0; i < kScanItems; ++i) {
-      running += counts[i];
-      if (first + i >= lists) break;
-      routes.offsets[first + i + 1] = static_cast<int32_t>(running);
+      const int64_t list = first + i * 32, running = before + sums[i];
+      if (list >= lists) break;
+      routes.offsets[list + 1] = static_cast<int32_t>(running);
       if (routes.segment_offsets != nullptr) {
-        routes.segment_offsets[first + i + 1] = static_cast<int32_t>(running >> 32);
+        routes.segment_offsets[list + 1] = static_cast<int32_t>(running >> 32);
       }
     }
     carry += total;
@@ -338,31 +357,32 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
   });
 }
 
-// What the thread block of place_sorted has in dynamic shared memory.
-int64_t sorted_bytes(int64_t num_blocks, int64_t tile) {
-  return num_blocks * 4 + kPlaceWarps * (tile * 4 + num_blocks * 2);
+// What a thread block of place_sorted has in dynamic shared memory.
+int64_t sorted_bytes(int64_t num_blocks, int64_t tile, int64_t warps) {
+  return num_blocks * 4 + warps * (tile * 4 + num_blocks * 2);
 }
 
 // The same for as many tiles as warps, whose entries are sorted by block in shared memory: written
 // one by one, they keep the L2 busy with words.
-__global__ void __launch_bounds__(kPlaceWarps * 32, 2)
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 2)
     place_sorted_kernel(Sort sort, Routes routes, int64_t block_size, uint32_t segment_blocks,
-                        const int32_t* table) {
+                        int32_t* table) {
   extern __shared__ int32_t shared[];
-  __shared__ int64_t scratch[kPlaceWarps];
+  __shared__ int64_t scratch[kWarps];
   if (wrote_segment(sort, routes, block_size, segment_blocks)) return;
   const uint32_t num_blocks = sort.num_blocks, warp = threadIdx.x / 32;
   int32_t* const base = shared;  // [NB] of a block: what makes a place here one in entries
   auto* const sorted = reinterpret_cast<uint32_t*>(base + num_blocks);  // block, entry's low half
-  auto* const counters = reinterpret_cast<uint16_t*>(sorted + kPlaceWarps * sort.tile);
+  auto* const counters = reinterpret_cast<uint16_t*>(sorted + kWarps * sort.tile);
 
-  const uint32_t runs = (sort.tiles + kPlaceWarps - 1) / kPlaceWarps;
+  const uint32_t runs = (sort.tiles + kWarps - 1) / kWarps;
   const uint32_t head = (blockIdx.x - segment_blocks) / runs;
-  const uint32_t first = (blockIdx.x - segment_blocks) % runs * kPlaceWarps;
-  const uint32_t count = min(sort.tiles - first, uint32_t{kPlaceWarps});  // of tiles
+  const uint32_t first = (blockIdx.x - segment_blocks) % runs * kWarps;
+  const uint32_t count = min(sort.tiles - first, uint32_t{kWarps});  // of tiles
   const int32_t* const rows = table + (int64_t{head} * sort.tiles + first) * num_blocks;
   int64_t chosen = 0;
-  for (uint32_t begin = 0; begin < num_blocks; begin += kPlaceWarps * 32) {
+  for (uint32_t begin = 0; begin < num_blocks; begin += kWarps * 32) {
     const uint32_t n = begin + threadIdx.x;
     const bool inside = n < num_blocks;
     const int64_t list = sort.list(head, inside ? n : 0);
@@ -373,7 +393,7 @@ __global__ void __launch_bounds__(kPlaceWarps * 32, 2)
                                          : routes.offsets[list + 1] - offset;
     }
     int64_t total;
-    const int64_t sum = block_scan<kPlaceWarps * 32>(after - before, scratch, total);
+    const int64_t sum = block_scan<kWarps * 32>(after - before, scratch, total);
     const auto place = static_cast<int32_t>(chosen + sum) - (after - before);
     chosen += total;
     if (!inside) continue;
@@ -393,7 +413,7 @@ __global__ void __launch_bounds__(kPlaceWarps * 32, 2)
          });
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < chosen; i += kPlaceWarps * 32) {
+  for (uint32_t i = threadIdx.x; i < chosen; i += kWarps * 32) {
     const uint32_t word = sorted[i];
     routes.entries[base[word >> 16] + i] =
         static_cast<int32_t>(origin + entry_begin + (word & 0xffff));
@@ -430,30 +450,24 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
                                                                            routes, table);
   }
   lists_kernel<<<1, kScanThreads, 0, stream>>>(lists, routes);
-  int64_t warps = kPlaceWarps;
-  const int64_t bytes = sorted_bytes(sort.num_blocks, sort.tile);
-  const bool sorted = bytes <= kMaxSorted;
-  if constexpr (kShared) {
-    if (!sorted) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
-  }
-  const int64_t segment_blocks =
-      routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
-  const auto segments = static_cast<uint32_t>(segment_blocks);
-  if (sorted) {
-    const int64_t grid = segment_blocks + sort.heads * ceil_div(sort.tiles, warps);
-    if (grid == 0) return cudaSuccess;
+  const auto place = [&](auto kernel, int64_t warps, int64_t thread_blocks, int64_t bytes) {
+    const int64_t segments =
+        routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
+    if (segments + thread_blocks == 0) return cudaSuccess;
     const cudaError_t error = cudaFuncSetAttribute(
-        place_sorted_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
-    place_sorted_kernel<<<grid, warps * 32, bytes, stream>>>(sort, routes, problem.block_size,
-                                                             segments, table);
-  } else {
-    const int64_t grid = segment_blocks + ceil_div(tiles, warps);
-    if (grid == 0) return cudaSuccess;
-    place_kernel<kShared><<<grid, warps * 32, warps * counter_bytes, stream>>>(
-        sort, routes, problem.block_size, segments, table);
-  }
-  return cudaGetLastError();
+    kernel<<<segments + thread_blocks, warps * 32, bytes, stream>>>(
+        sort, routes, problem.block_size, static_cast<uint32_t>(segments), table);
+    return cudaGetLastError();
+  };
+  const auto bytes = [&](int64_t warps) { return sorted_bytes(sort.num_blocks, sort.tile, warps); };
+  const auto runs = [&](int64_t warps) { return sort.heads * ceil_div(sort.tiles, warps); };
+  if (bytes(8) <= kMaxSorted) return place(place_sorted_kernel<8>, 8, runs(8), bytes(8));
+  if (bytes(4) <= kMaxSorted) return place(place_sorted_kernel<4>, 4, runs(4), bytes(4));
+  int64_t warps = kPlaceWarps;
+  if constexpr (kShared) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
+  return place(place_kernel<kShared>, warps, ceil_div(tiles, warps), warps * counter_bytes);
 }
 
 }  // namespace

@@ -21,17 +21,36 @@ struct GateScorer {
   static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
   static constexpr int kSteps = kDim / 16;   // of k
   static constexpr int kProducts = kRowGroups / 2;
-  static constexpr int kQBytes = kRowGroups * 8 * kDim * 2;
+  static constexpr int kRowBytes = kDim * 2;
+  static constexpr int kQBytes = kRowGroups * 8 * kRowBytes;
 
   uint32_t q[kProducts][kSteps][4];
 
-  // row(r): first element of the warp's row r. staging: kQBytes of the warp's, for a while.
+  // row(r): first element of the warp's row r. staging: kQBytes of the warp's, until finish_q. By
+  // way of it, with the vectors of 16 bytes of a row swapped by its number: 64 loads of 4 bytes
+  // from a thread's own rows took a quarter of the gate's time where blocks are few.
   template <typename Row>
-  __device__ void load_q(const Row& row, int head_dim, bool aligned, char* staging) {
+  __device__ void start_q(const Row& row, int head_dim, bool aligned, char* staging) {
     if (aligned) {
       stage_q(row(threadIdx.x % 32), head_dim, shared_address(staging));
     } else {
       load_q_by(row, head_dim);
+    }
+  }
+
+  __device__ void finish_q(bool aligned, const char* staging) {
+    if (!aligned) return;
+    const int lane = threadIdx.x % 32;
+    const uint32_t from = shared_address(staging) + lane % 16 * kRowBytes;
+    cuda::wait_copies();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        load_matrices(q[i][step],
+                      from + i * 16 * kRowBytes + ((step * 2 + lane / 16) ^ lane % 8) * 16);
+      }
     }
   }
 
@@ -87,10 +106,8 @@ struct GateScorer {
   }
 
  private:
-  // By way of shared memory, with the vectors of 16 bytes of a row swapped by its number: 64 loads
-  // of 4 bytes from a thread's own rows took a quarter of the gate's time where blocks are few.
-  __device__ void stage_q(const T* lane_row, int head_dim, uint32_t staging) {
-    constexpr int kRowBytes = kDim * 2, kAtOnce = 32 / kVectors;  // rows
+  __device__ void stage_q(const T* lane_row, int head_dim, uint32_t staging) const {
+    constexpr int kAtOnce = 32 / kVectors;  // rows
     static_assert(kRowGroups == 4, "a row per lane");
     const int lane = threadIdx.x % 32, vector = lane % kVectors;
 #pragma unroll
@@ -101,16 +118,6 @@ struct GateScorer {
                        reinterpret_cast<const T*>(from) + vector * 8, vector * 8 < head_dim);
     }
     cuda::commit_copies();
-    cuda::wait_copies();
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        load_matrices(q[i][step], staging + (i * 16 + lane % 16) * kRowBytes +
-                                      ((step * 2 + lane / 16) ^ lane % 8) * 16);
-      }
-    }
   }
 
   template <typename Row>
