@@ -5,12 +5,12 @@
 //   - count, a thread block per tile: table[head, tile, n] = its entries that chose block n.
 //   - tiles, a warp lane per (head, n): the table becomes its running sum over tiles.
 //   - lists, one thread block: running sums over lists of entries and of segments.
-//   - place, a warp per tile: walks its entries in order, with a counter per block. The first
-//     thread blocks of the grid write the segments.
+//   - place, a warp per tile: walks its entries in order, with a counter per block. Where they fit,
+//     the tiles of a thread block are sorted in shared memory first. The first thread blocks of the
+//     grid write the segments.
 //
 // Positions are sums of counts, and lanes of a warp that chose the same block are ranked by lane:
-// the result does not depend on scheduling. A tile has as many entries as there are blocks at
-// least, so the table is no larger than the entries.
+// the result does not depend on scheduling.
 
 #include <algorithm>
 
@@ -32,9 +32,8 @@ constexpr int kUnroll = 4;
 // Counters of a tile are in shared memory up to this size, else in the table: more of them would
 // leave too few warps per multiprocessor to hide the latency of either.
 constexpr int64_t kMaxShared = 48 * 1024;
-// A thread block of place_sorted has this much at most, so that a multiprocessor has two; few
-// enough entries for 16 bits.
-constexpr int64_t kMaxSorted = 113 * 1024 - 128;
+// What a thread block of place_sorted has at most: few enough entries for 16 bits.
+constexpr int64_t kMaxSorted = 128 * 1024;
 static_assert(kMaxSorted / 4 < 1 << 16);
 
 // Sizes of the sort; entries are counted within a KV head.
@@ -290,7 +289,7 @@ __device__ void write_segment(const Routes& routes, int64_t lists, int64_t block
   routes.cu_keys[segment] = static_cast<int32_t>(min(segment, used) * block_size);
 }
 
-// The first thread blocks of a grid write the segments: those of place's threads.
+// Whether this is one of the thread blocks that come first, which write the segments.
 __device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t block_size,
                               uint32_t segment_blocks) {
   if (blockIdx.x >= segment_blocks) return false;
@@ -357,9 +356,20 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
   });
 }
 
-// What a thread block of place_sorted has in dynamic shared memory.
+// What a thread block of place_sorted has in dynamic shared memory, and what it may have, so that a
+// multiprocessor has two of them, with 1 KiB of the system's each.
 int64_t sorted_bytes(int64_t num_blocks, int64_t tile, int64_t warps) {
   return num_blocks * 4 + warps * (tile * 4 + num_blocks * 2);
+}
+cudaError_t most_sorted_bytes(int64_t& bytes) {
+  int device = 0, of_multiprocessor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                   device);
+  }
+  bytes = std::min<int64_t>(of_multiprocessor / 2 - 1024 - 128, kMaxSorted);
+  return error;
 }
 
 // The same for as many tiles as warps, whose entries are sorted by block in shared memory: written
@@ -463,8 +473,11 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
   };
   const auto bytes = [&](int64_t warps) { return sorted_bytes(sort.num_blocks, sort.tile, warps); };
   const auto runs = [&](int64_t warps) { return sort.heads * ceil_div(sort.tiles, warps); };
-  if (bytes(8) <= kMaxSorted) return place(place_sorted_kernel<8>, 8, runs(8), bytes(8));
-  if (bytes(4) <= kMaxSorted) return place(place_sorted_kernel<4>, 4, runs(4), bytes(4));
+  int64_t most = 0;
+  const cudaError_t error = most_sorted_bytes(most);
+  if (error != cudaSuccess) return error;
+  if (bytes(8) <= most) return place(place_sorted_kernel<8>, 8, runs(8), bytes(8));
+  if (bytes(4) <= most) return place(place_sorted_kernel<4>, 4, runs(4), bytes(4));
   int64_t warps = kPlaceWarps;
   if constexpr (kShared) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
   return place(place_kernel<kShared>, warps, ceil_div(tiles, warps), warps * counter_bytes);

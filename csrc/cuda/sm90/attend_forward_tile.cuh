@@ -9,8 +9,8 @@
 // each of three warps copies the rows of one consumer, and the last the keys of the next block.
 // What a consumer must know of a tile lies beside it in shared memory.
 //
-// Rows of q have a stride of 16 bytes more than they are long, against bank conflicts: they reach
-// the tensor cores by way of registers.
+// Rows of q reach the tensor cores by way of registers; parts leave by the tensor copy engine, 16
+// rows of a warp at a time.
 
 #pragma once
 
