@@ -43,7 +43,7 @@ PHASES = {"forward": STAGES, "backward": STAGES[2:]}
 KERNELS = {  # of csrc/cuda, without "_kernel"; FlashAttention's are attend too
     "block_mean": ["block_mean"],
     "gate_topk": ["gate_topk"],
-    "route": ["metadata", "own_blocks", "count", "tiles", "lists", "place"]
+    "route": ["metadata", "own_blocks", "count", "tiles", "lists", "place", "place_sorted"]
     + ["gather_rows", "gather_keys"],
     "attend": ["attend_forward_tile", "attend_forward_tiles", "attend_backward", "row_stats"],
     "merge": ["merge", "reduce_keys"],
