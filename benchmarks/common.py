@@ -138,8 +138,9 @@ def kernels_sha256(backend: str) -> str:
     """Of the names and contents of what decides the speed of a backend on CUDA."""
     kinds = (".cu", ".cuh", ".cpp", ".h")
     files = [file for file in (ROOT / "csrc/cuda").rglob("*") if file.suffix in kinds]
-    if backend == "flash":
-        files = [file for file in files if "sm90" not in file.relative_to(ROOT).parts]
+    if backend == "flash":  # its gate on a Hopper includes two files of sm90
+        gate = [ROOT / "csrc/cuda/sm90" / name for name in ("gate_scores.cuh", "ptx.cuh")]
+        files = [file for file in files if "sm90" not in file.relative_to(ROOT).parts] + gate
     else:
         files.append(ROOT / "moba_ext/sm90.py")
     files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py", ROOT / "moba_ext/varlen.py"]

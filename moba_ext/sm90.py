@@ -123,7 +123,7 @@ def planned_sizes(
         if not backward:  # own blocks have segments of their own
             segments += lists + -(-heads * rows_of_head // plan.segment_rows)
         table = _C.route_table(heads, rows_of_head * slots, num_blocks)
-        lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1, segments + 1
+        lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1
         routed = [4 * length for length in (*lengths, table)]
         if backward:
             sums = 4 * keys * head_dim if len(plan.query_ranges()) > 1 else 0

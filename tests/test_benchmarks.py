@@ -75,12 +75,15 @@ def test_nearly_every_query_chooses_the_hot_blocks(hot_blocks):
     assert abs(hot - 8) < 2 and cold < 3
 
 
+GATE = ("csrc/cuda/sm90/gate_scores.cuh", "csrc/cuda/sm90/ptx.cuh")  # of flash too
+
+
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A checkout with kernels and a README, without results."""
-    for name in ("csrc/cuda/deep", "benchmarks/results", "moba_ext"):
+    for name in ("csrc/cuda/deep", "csrc/cuda/sm90", "benchmarks/results", "moba_ext"):
         (tmp_path / name).mkdir(parents=True)
-    kernels = ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h")
+    kernels = ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h", *GATE)
     for name in (*kernels, "moba_ext/flash.py", "moba_ext/sm90.py", "moba_ext/varlen.py"):
         (tmp_path / name).write_text(name)
     marks = "<!-- benchmarks/attention.py begin -->\n\n<!-- benchmarks/attention.py end -->"
@@ -159,11 +162,10 @@ def test_check_tells_results_of_other_kernels(tree, capsys):
     common.write_results("gpu", results())
     assert attention.check() == 0 and "made by these kernels" in capsys.readouterr().out
     (tree / "csrc/cuda/README.md").write_text("no kernel")
-    (tree / "csrc/cuda/sm90").mkdir()
     (tree / "csrc/cuda/sm90/d.cu").write_text("not launched by the flash backend")
     assert attention.check() == 0
     assert common.kernels_sha256("flash") != common.kernels_sha256("sm90")
-    for name in ("csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/varlen.py"):
+    for name in ("csrc/cuda/deep/b.cuh", "csrc/params.h", "moba_ext/varlen.py", *GATE):
         before = (tree / name).read_text()
         (tree / name).write_text(before + " ")
         assert attention.check() == 1 and "made by OTHER kernels" in capsys.readouterr().out

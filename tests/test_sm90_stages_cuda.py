@@ -540,6 +540,15 @@ def test_arguments_are_checked_before_the_launch():
     ):
         with pytest.raises(RuntimeError, match=message):
             Attended(call, group, inputs, scale)
+    arguments = Attended(call, group, [q, k, v], 0.1).arguments
+    for cu_seqlens_q in wrong_offsets(call):
+        with pytest.raises(RuntimeError, match="cu_seqlens_q must be a contiguous"):
+            torch.ops.moba.sm90_attend(q, k, v, cu_seqlens_q, *arguments, 0.1, *group)
+
+
+def wrong_offsets(call: Call) -> list[torch.Tensor]:
+    right = call.sequences[0]
+    return [right[:-1], right.long()]
 
 
 def test_arguments_of_the_backward_are_checked_before_the_launch():
@@ -562,6 +571,10 @@ def test_arguments_of_the_backward_are_checked_before_the_launch():
     ):
         with pytest.raises(RuntimeError, match=message):
             Backward(call, Group(0, 1, 0, 64), inputs, scale, 64)
+    arguments = Backward(call, Group(0, 1, 0, 64), right, 0.1, 64).arguments
+    for cu_seqlens_q in wrong_offsets(call):
+        with pytest.raises(RuntimeError, match="cu_seqlens_q must be a contiguous"):
+            torch.ops.moba.sm90_attend_backward(*right, cu_seqlens_q, *arguments, 0.1, 0, 1, 0, 64)
     for out, dlse, message in (
         (narrow[1], None, "head_dim must be 64 or 128, got 32"),
         (in_float[1], None, "out must be float16 or bfloat16"),

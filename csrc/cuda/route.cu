@@ -286,7 +286,9 @@ __device__ void write_segment(const Routes& routes, int64_t lists, int64_t block
   }
   if (segment < routes.max_segments) routes.segment_lists[segment] = static_cast<int32_t>(list);
   routes.cu_rows[segment] = static_cast<int32_t>(begin);
-  routes.cu_keys[segment] = static_cast<int32_t>(min(segment, used) * block_size);
+  if (routes.cu_keys != nullptr) {
+    routes.cu_keys[segment] = static_cast<int32_t>(min(segment, used) * block_size);
+  }
 }
 
 // Whether this is one of the thread blocks that come first, which write the segments.

@@ -68,7 +68,7 @@ struct Routes {
   int32_t* segment_offsets;  // [lists + 1] of the lists in segments; null: no segments wanted
   int32_t* segment_lists;    // [max_segments] list of every segment, -1 where not used
   int32_t* cu_rows;          // [max_segments + 1] of the segments in entries, total where not used
-  int32_t* cu_keys;          // [max_segments + 1] min(segment, used segments) * B
+  int32_t* cu_keys;          // [max_segments + 1] min(segment, used segments) * B; or null
   int64_t max_segments;  // lists + ceil(R * K / segment_rows) is enough, and as much for own_first
   int64_t segment_rows;
   bool by_head;     // lists are numbered (head_k - head_begin) * NB + n instead

@@ -145,7 +145,6 @@ struct Routed {
     routes.segment_offsets = arrays.take<int32_t>(lists + 1);
     routes.segment_lists = arrays.take<int32_t>(routes.max_segments);
     routes.cu_rows = arrays.take<int32_t>(routes.max_segments + 1);
-    routes.cu_keys = arrays.take<int32_t>(routes.max_segments + 1);
     workspace = arrays.take<int32_t>(route_workspace(call.problem(), group));
   }
 
