@@ -27,8 +27,8 @@ int64_t attended_pairs(int64_t queries, int64_t keys, int64_t block_size, int64_
 int64_t dense_pairs(int64_t queries, int64_t keys);
 
 // The CUDA route's table: `tiles` of `tile` entries of a KV head by the blocks. A tile has as many
-// entries as there are blocks, but for less than 128 of them, so the table is less than 1.5 times as
-// large as the entries.
+// entries as there are blocks, or less than 128 fewer, so the table is at most 1.5 times as large
+// as the entries.
 struct RouteTable {
   int64_t tile, tiles;
   int64_t elements;  // int32, of all heads
