@@ -41,11 +41,18 @@ class BlockSelection(NamedTuple):
     counts: Tensor
 
 
+def _check_int(name: str, value: object, allowed: str) -> None:
+    # Most are an int: to ask whether a number is an Integral takes 1 us.
+    if type(value) is not int and (
+        isinstance(value, bool) or not isinstance(value, (torch.SymInt, numbers.Integral))
+    ):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), must be {allowed}")
+
+
 def _check_positive(name: str, value: object) -> int:
+    _check_int(name, value, "an int >= 1")
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), must be an int >= 1")
     if value < 1:
         raise ValueError(f"{name} is {value}, must be an int >= 1")
     return int(value)
@@ -64,30 +71,32 @@ def _check_scale(softmax_scale: object) -> float | None:
 
 def _check_rows(names: str, tensors: tuple[Tensor, ...], layout: str) -> None:
     """Ranks, dtypes, devices, heads, head_dim of q, k and maybe v."""
-    named = dict(zip(names, tensors))
-    for name, x in named.items():
+    dimensions = layout.count(",") + 1
+    for name, x in zip(names, tensors):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}, must be a torch.Tensor {layout}")
-        if x.dim() != layout.count(",") + 1:
+        if x.dim() != dimensions:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must be {layout}")
     q, k = tensors[:2]
-    if q.dtype not in _REFERENCE_DTYPES:
+    dtype, device, head_dim = q.dtype, q.device, q.shape[-1]
+    if dtype not in _REFERENCE_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in _REFERENCE_DTYPES)
-        raise TypeError(f"q has dtype {q.dtype}, must be one of {allowed}")
-    for name, x in named.items():
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, must be that of q, {q.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, must be on the device of q, {q.device}")
-        if x.shape[-1] != q.shape[-1]:
-            raise ValueError(f"{name} has head_dim {x.shape[-1]}, must be that of q, {q.shape[-1]}")
+        raise TypeError(f"q has dtype {dtype}, must be one of {allowed}")
+    for name, x in zip(names[1:], tensors[1:]):
+        if x.dtype != dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, must be that of q, {dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, must be on the device of q, {device}")
+        if x.shape[-1] != head_dim:
+            raise ValueError(f"{name} has head_dim {x.shape[-1]}, must be that of q, {head_dim}")
     if len(tensors) == 3 and tensors[2].shape != k.shape:
         raise ValueError(
             f"v has shape {tuple(tensors[2].shape)}, must be that of k, {tuple(k.shape)}"
         )
-    if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+    heads_q, heads_k = q.shape[-2], k.shape[-2]
+    if heads_k < 1 or heads_q < 1 or heads_q % heads_k:
         raise ValueError(
-            f"q has {q.shape[-2]} heads and k has {k.shape[-2]}: "
+            f"q has {heads_q} heads and k has {heads_k}: "
             "the heads of q must be a multiple of those of k"
         )
 
@@ -135,8 +144,7 @@ def _check_cu_seqlens_pair(
 
 
 def _check_max_seqlen(name: str, max_seqlen: object, cu_seqlens: Tensor) -> None:
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name} is {max_seqlen!r} ({type(max_seqlen).__name__}), must be an int")
+    _check_int(name, max_seqlen, "an int")
     if _values_visible(cu_seqlens):
         longest = int(cu_seqlens.diff().max())
         if max_seqlen < longest:
