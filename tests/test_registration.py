@@ -116,6 +116,19 @@ def test_compile_varlen_with_dynamic_lengths():
         assert torch.allclose(compiled(*args), function(*args), atol=1e-6)
 
 
+def test_without_gradients():
+    """The same numbers where none are recorded, also compiled."""
+    args = op_args(RAGGED)
+    wanted = torch.ops.moba.attention(*args)
+    assert wanted[0].requires_grad
+    compiled = torch.compile(torch.ops.moba.attention, fullgraph=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        for attend in (torch.ops.moba.attention, compiled):
+            with mode():
+                got = attend(*args)
+            assert all(torch.equal(x, y) and not x.requires_grad for x, y in zip(got, wanted))
+
+
 def test_gradient_of_lse_alone_and_of_nothing():
     q, k, v = RAGGED.tensors(torch.float32, requires_grad=True)
     out, lse, ids = run_op(RAGGED, q, k, v)
