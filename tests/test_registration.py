@@ -129,6 +129,15 @@ def test_without_gradients():
             assert all(torch.equal(x, y) and not x.requires_grad for x, y in zip(got, wanted))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_forward_derivative_says_no(mode):
+    q, *args = op_args(RAGGED, requires_grad=False)
+    with mode(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.ops.moba.attention(dual, *args)
+
+
 def test_gradient_of_lse_alone_and_of_nothing():
     q, k, v = RAGGED.tensors(torch.float32, requires_grad=True)
     out, lse, ids = run_op(RAGGED, q, k, v)

@@ -18,6 +18,8 @@
 // The first two tiles are scored twice, for a bound on the K-th best before the first insertion:
 // of 512 random scores 37 enter a list of 7 without it, by simulation, and 20 with it.
 
+#include <algorithm>
+
 #include "cuda/gate_scores.cuh"
 #include "cuda/gate_select.cuh"
 #include "cuda/sm90/gate_scores.cuh"
@@ -413,8 +415,10 @@ __global__ void __launch_bounds__(kGateThreads,
   }
 }
 
+// most_bytes: of dynamic shared memory in any call, if calls differ; another thread may be about to
+// launch the kernel.
 template <typename T, int kDim, typename Best>
-cudaError_t launch(const GateTopkParams& params, cudaStream_t stream) {
+cudaError_t launch(const GateTopkParams& params, cudaStream_t stream, int most_bytes = 0) {
   using Layout = Shared<Scorer<T, kDim>, Best>;
   const Problem& problem = params.problem;
   const auto kernel = gate_topk_kernel<T, kDim, Best>;
@@ -425,8 +429,8 @@ cudaError_t launch(const GateTopkParams& params, cudaStream_t stream) {
   const int64_t width = 16 / static_cast<int64_t>(sizeof(T));
   const bool aligned_q = reinterpret_cast<uintptr_t>(params.q.data) % 16 == 0 &&
                          params.q.token_stride % width == 0 && params.q.head_stride % width == 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           std::max(bytes, most_bytes));
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
@@ -447,7 +451,7 @@ cudaError_t launch_heap(const GateTopkParams& params, cudaStream_t stream) {
   }
   if (error != cudaSuccess) return error;
   if (Shared<S, SharedHeap>::bytes(params.problem.slots) <= limit) {
-    return launch<T, kDim, SharedHeap>(params, stream);
+    return launch<T, kDim, SharedHeap>(params, stream, limit);
   }
   if (params.scores == nullptr) return cudaErrorInvalidValue;
   return launch<T, kDim, Heap<OutputEntries>>(params, stream);

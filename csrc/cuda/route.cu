@@ -466,20 +466,23 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
     const int64_t segments =
         routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
     if (segments + thread_blocks == 0) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return error;
     kernel<<<segments + thread_blocks, warps * 32, bytes, stream>>>(
         sort, routes, problem.block_size, static_cast<uint32_t>(segments), table);
     return cudaGetLastError();
   };
-  const auto bytes = [&](int64_t warps) { return sorted_bytes(sort.num_blocks, sort.tile, warps); };
-  const auto runs = [&](int64_t warps) { return sort.heads * ceil_div(sort.tiles, warps); };
   int64_t most = 0;
   const cudaError_t error = most_sorted_bytes(most);
   if (error != cudaSuccess) return error;
-  if (bytes(8) <= most) return place(place_sorted_kernel<8>, 8, runs(8), bytes(8));
-  if (bytes(4) <= most) return place(place_sorted_kernel<4>, 4, runs(4), bytes(4));
+  const auto bytes = [&](int64_t warps) { return sorted_bytes(sort.num_blocks, sort.tile, warps); };
+  const auto place_sorted = [&](auto kernel, int64_t warps) {
+    // The same for all calls: another thread may be about to launch the kernel.
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+    if (error != cudaSuccess) return error;
+    return place(kernel, warps, sort.heads * ceil_div(sort.tiles, warps), bytes(warps));
+  };
+  if (bytes(8) <= most) return place_sorted(place_sorted_kernel<8>, 8);
+  if (bytes(4) <= most) return place_sorted(place_sorted_kernel<4>, 4);
   int64_t warps = kPlaceWarps;
   if constexpr (kShared) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
   return place(place_kernel<kShared>, warps, ceil_div(tiles, warps), warps * counter_bytes);

@@ -2,7 +2,8 @@
 // `stream`, and the error of the launches is returned. Nothing synchronises with the host.
 //
 // cu_seqlens stay on the device, so their values are not trusted: metadata checks them and writes
-// cu_blocks[0] = -1 where they are invalid. Stages then write NaN (ids: -1) and read no token.
+// cu_blocks[0] = -1 where they are invalid. Stages then write NaN (ids: -1) and read nothing by
+// them.
 #pragma once
 
 #include <cuda_runtime_api.h>
