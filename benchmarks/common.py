@@ -143,7 +143,8 @@ def kernels_sha256(backend: str) -> str:
         files = [file for file in files if "sm90" not in file.relative_to(ROOT).parts] + gate
     else:
         files.append(ROOT / "moba_ext/sm90.py")
-    files += [ROOT / "csrc/params.h", ROOT / "moba_ext/flash.py", ROOT / "moba_ext/varlen.py"]
+    files.append(ROOT / "csrc/params.h")
+    files += [ROOT / "moba_ext" / name for name in ("flash.py", "groups.py", "varlen.py")]
     total = hashlib.sha256()
     for file in sorted(files):
         content = hashlib.sha256(file.read_bytes()).hexdigest()

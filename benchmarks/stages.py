@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common import HEAD_DIM, ROWS, Row, medians, require_gpu, row_names, span
-from moba_ext import flash
+from moba_ext import sm90
 
 ITEM = 2
 
@@ -127,7 +127,7 @@ def attend(name: str, hot: bool) -> None:
     own_pairs = tokens * (size + 1) // 2 * (heads_q // heads_k)
     for backward in (False, True):
         sizes = (1, tokens, tokens, tokens, heads_q, heads_k, HEAD_DIM, size, topk)
-        plan = flash.make_plan(*sizes, backward=backward, sm90=True)
+        plan = sm90.make_plan(*sizes, backward=backward)
         heads = plan.heads_per_group
         entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = ops.flash_route(
             *(ids, cu, cu_blocks, tokens, heads_k, size, plan.segment_rows, 0, heads, 0, tokens),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, varlen
+from . import groups, reference, varlen
 
 WORKSPACE_BYTES: int | None = None
 """Bound on what the groups that run at once hold beside inputs and outputs; assign to change it.
@@ -31,39 +31,8 @@ more; sm90, which packs no rows, has 1 GiB or 3/16. At least one KV head and as 
 the lists of its blocks are held, which exceeds the bound where the keys alone do.
 """
 
-_ROW_TILE = 128  # rows of a FlashAttention tile, and of one of sm90
-KEY_TILE = 128  # keys that it has on chip
-
 # The stages in C++ and CUDA.
 _stages = torch.ops.moba
-
-
-class FlashPlan(NamedTuple):
-    """How a call runs.
-
-    dense: topk * block_size covers every sequence: one causal call, no routing.
-    block_size: of own blocks and routing; the longest sequence where dense.
-    slots: past blocks per query that are routed, 0 where dense or topk is 1: then no group is.
-    segment_rows: most rows of a segment of a block's list.
-    heads_per_group, queries_per_group: what is routed and merged at a time.
-    at_once: groups of heads that run at the same time, on two streams.
-    """
-
-    dense: bool
-    block_size: int
-    slots: int
-    segment_rows: int
-    heads_per_group: int
-    queries_per_group: int
-    heads: int
-    queries: int
-    at_once: int
-
-    def head_ranges(self) -> list[tuple[int, int]]:
-        return varlen.ranges(self.heads, self.heads_per_group)
-
-    def query_ranges(self) -> list[tuple[int, int]]:
-        return varlen.ranges(self.queries, self.queries_per_group)
 
 
 @functools.cache
@@ -93,91 +62,36 @@ def _take_turns(run: Callable, groups: list[tuple], at_once: int, device: torch.
         first.wait_stream(second)
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def make_plan(
-    batch: int,
-    tokens_q: int,
-    tokens_k: int,
-    max_seqlen_k: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    block_size: int,
-    topk: int,
-    *,
-    backward: bool,
-    sm90: bool = False,
-) -> FlashPlan:
-    """Plan a call from its sizes: the fewest groups of equal size that stay in the bound."""
-    longest = max(min(max_seqlen_k, tokens_k), 1)
-    dense = topk * block_size >= longest
-    if dense or topk == 1:
-        block_size = longest if dense else block_size
-        return FlashPlan(dense, block_size, 0, 1, heads_k, tokens_q, heads_k, tokens_q, 1)
+def make_plan(*sizes: int, backward: bool) -> groups.Plan:
+    """The plan of a call of these sizes, those of :class:`groups.Call`."""
+    call = groups.Call(*sizes)
     # FlashAttention's deterministic backward has one thread block for all keys of a segment: long
     # ones leave the others waiting, short ones copy the block's keys more often.
-    slots, most = topk - 1, min(2 * block_size, 4096) if backward else 4 * block_size
+    most = min(2 * call.block_size, 4096) if backward else 4 * call.block_size
     segment_rows = max(1024, most)
-    if sm90:
-        segment_rows = 4096 if backward else _ROW_TILE
-    group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
-    bound = _workspace_bytes(tokens_q, tokens_k, heads_q, heads_k, head_dim, backward, sm90)
+    bound = WORKSPACE_BYTES
+    if bound is None:
+        bound = max(3 << 29, call.tensor_bytes(backward) * 3 // 8)
 
-    def fits(heads: int, queries: int, at_once: int) -> bool:
-        entries = heads * queries * group * slots
-        segments = heads * num_blocks + _ceil_div(entries, segment_rows)
-        if sm90:
-            sizes = _sm90_group_bytes(entries, segments, block_size, head_dim, backward)
-            most_segments = min((2**31 - 1) // block_size, 2**30)
-        else:
-            sizes = at_once * _group_bytes(entries, segments, block_size, head_dim, backward)
-            most_segments = min(varlen.MAX_SEQUENCES, (2**31 - 1) // block_size)
-        return (
-            sizes <= bound
-            and entries < 2**31
-            and segments <= most_segments
-            and 2 * heads * tokens_k < 2**31
-        )
+    def fits(entries: int, segments: int, at_once: int) -> bool:
+        size = _group_bytes(entries, segments, call.block_size, call.head_dim, backward)
+        return at_once * size <= bound and segments <= varlen.MAX_SEQUENCES
 
-    def plan(at_once: int) -> FlashPlan:
-        counts = (_ceil_div(heads_k, sets) for sets in range(1, heads_k))
-        heads = next((n for n in counts if fits(n, tokens_q, at_once)), 1)
-        # Shorter ranges copy each block's keys for ever fewer rows: a tile per list is the least.
-        least = _ceil_div(_ROW_TILE * num_blocks, group * slots)
-        parts = (_ceil_div(tokens_q, n) for n in range(1, _ceil_div(tokens_q, least)))
-        queries = next((n for n in parts if fits(heads, n, at_once)), min(least, tokens_q))
-        sizes = slots, segment_rows, heads, queries, heads_k, tokens_q
-        return FlashPlan(False, block_size, *sizes, at_once)
+    def plan(at_once: int) -> groups.Plan:
+        of_one = functools.partial(fits, at_once=at_once)
+        return groups.make_plan(call, segment_rows, of_one, at_once)
 
     one = plan(1)
-    if sm90 or not backward or one.heads_per_group == heads_k:
+    if not backward or one.heads_per_group == call.heads_k:
         return one
     # Two at once cost shorter ranges where one fills the workspace. That pays where a thread block
     # takes all keys of a segment in turn: such are few and long.
     two = plan(2)
     pays = two.queries_per_group == one.queries_per_group or varlen.needs_order(
-        block_size, head_dim
+        call.block_size, call.head_dim
     )
-    return two if pays and fits(two.heads_per_group, two.queries_per_group, 2) else one
-
-
-def _workspace_bytes(
-    tokens_q: int,
-    tokens_k: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    backward: bool,
-    sm90: bool,
-) -> int:
-    if WORKSPACE_BYTES is not None:
-        return WORKSPACE_BYTES
-    q_out_k_v = 4 * head_dim * (heads_q * tokens_q + heads_k * tokens_k)
-    tensors = (2 if backward else 1) * q_out_k_v
-    return max(1 << 30, tensors * 3 // 16) if sm90 else max(3 << 29, tensors * 3 // 8)
+    counts = call.counts(two.heads_per_group, two.queries_per_group, segment_rows)
+    return two if pays and fits(*counts, 2) else one
 
 
 def _group_bytes(
@@ -195,16 +109,6 @@ def _group_bytes(
     return routing + entries * (rows * row + 4) + accumulators + segments * block_size * 4 * key
 
 
-def _sm90_group_bytes(
-    entries: int, segments: int, block_size: int, head_dim: int, backward: bool
-) -> int:
-    """The same of sm90: the routing and what its attend returns."""
-    if not backward:
-        return entries * (2 * 4 + 2 * head_dim + 4)
-    dq = (4 if block_size > KEY_TILE else 2) * head_dim
-    return entries * (2 * 4 + dq) + segments * block_size * 4 * head_dim
-
-
 def _accumulator_bytes(
     rows: int, sequences: int, heads: int, block_size: int, head_dim: int
 ) -> int:
@@ -212,7 +116,7 @@ def _accumulator_bytes(
     keys, as many as give every multiprocessor a thread block."""
     dq = 4 * varlen.accumulator_width(head_dim)
     if varlen.needs_order(block_size, head_dim):
-        dq *= _ceil_div(_multiprocessors(), sequences * heads)
+        dq *= groups.ceil_div(_multiprocessors(), sequences * heads)
     return heads * varlen.accumulator_rows(rows, sequences) * (dq + 4)
 
 
@@ -223,43 +127,31 @@ def _multiprocessors() -> int:
     return torch.cuda.get_device_properties().multi_processor_count
 
 
-def planned_sizes(
-    batch: int,
-    tokens_q: int,
-    tokens_k: int,
-    max_seqlen_k: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    block_size: int,
-    topk: int,
-) -> dict:
+def planned_sizes(**sizes: int) -> dict:
     """What ``moba_ext.plan`` reports of a call; bytes of the largest group, own blocks included."""
-    call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
-    group, sizes = heads_q // heads_k, []
+    call, held = groups.Call(**sizes), []
     plans = [make_plan(*call, backward=backward) for backward in (False, True)]
+    tokens_q, tokens_k, head_dim = call.tokens_q, call.tokens_k, call.head_dim
+    group = call.heads_q // call.heads_k
     for plan, backward in zip(plans, (False, True)):
-        num_blocks = tokens_k // plan.block_size + batch
-        entries = plan.heads_per_group * plan.queries_per_group * group * plan.slots
-        segments = plan.heads_per_group * num_blocks + _ceil_div(entries, plan.segment_rows)
         routed = 0
         if plan.slots:
-            routed = _group_bytes(entries, segments, plan.block_size, head_dim, backward)
+            counts = call.counts(plan.heads_per_group, plan.queries_per_group, plan.segment_rows)
+            routed = _group_bytes(*counts, plan.block_size, head_dim, backward)
         if backward:  # dq, dk, dv of the heads of a group; FlashAttention's dk, dv per query head
             heads = plan.heads_per_group * group
             own = 2 * head_dim * (heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
             own += 4 * head_dim * heads * tokens_k if group > 1 else 0
-            own += _accumulator_bytes(
-                tokens_q, num_blocks + batch, heads, plan.block_size, head_dim
-            )
+            parts = tokens_k // plan.block_size + 2 * call.batch
+            own += _accumulator_bytes(tokens_q, parts, heads, plan.block_size, head_dim)
         else:  # the lse of all heads
-            own = 4 * heads_q * tokens_q
-        sizes.append(plan.at_once * (own + routed))
+            own = 4 * call.heads_q * tokens_q
+        held.append(plan.at_once * (own + routed))
     plan = plans[0]
     return {
         "dense": plan.dense,
-        "forward_bytes": sizes[0],
-        "backward_bytes": sizes[1],
+        "forward_bytes": held[0],
+        "backward_bytes": held[1],
         "heads_per_group": plan.heads_per_group,
         "queries_per_group": plan.queries_per_group,
         "groups": len(plan.head_ranges()) * len(plan.query_ranges()),
@@ -297,7 +189,7 @@ class _Routed(NamedTuple):
     cu_keys: Tensor
 
 
-def _route(ids, k, cu_q, own: _Own, plan: FlashPlan, group) -> _Routed:
+def _route(ids, k, cu_q, own: _Own, plan: groups.Plan, group) -> _Routed:
     tokens_k, heads_k = k.shape[:2]
     return _Routed(
         *_stages.flash_route(
@@ -315,7 +207,7 @@ class _Keys(NamedTuple):
     sequences: varlen.Sequences
 
 
-def _gather_keys(routed: _Routed, k, v, cu_k, own: _Own, plan: FlashPlan, group) -> _Keys:
+def _gather_keys(routed: _Routed, k, v, cu_k, own: _Own, plan: groups.Plan, group) -> _Keys:
     segments = routed.segment_lists, routed.cu_keys
     packs = _stages.flash_gather_keys(
         k, v, cu_k, own.cu_blocks, *segments, plan.block_size, *group[:2]
@@ -324,7 +216,7 @@ def _gather_keys(routed: _Routed, k, v, cu_k, own: _Own, plan: FlashPlan, group)
     return _Keys(*packs, varlen.Sequences(routed.cu_rows, routed.cu_keys, *bounds))
 
 
-def _plan_of(q, k, cu_k, max_k, block_size, topk, **kind: bool) -> FlashPlan:
+def _plan_of(q, k, cu_k, max_k, block_size, topk, **kind: bool) -> groups.Plan:
     return make_plan(
         *(cu_k.shape[0] - 1, q.shape[0], k.shape[0], max_k, q.shape[1], k.shape[1], q.shape[2]),
         *(block_size, topk),

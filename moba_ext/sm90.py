@@ -11,10 +11,33 @@ import functools
 import torch
 from torch import Tensor
 
-from . import _C, flash, reference, varlen
+from . import _C, flash, groups, reference, varlen
 
 # Offsets are int32, so no sequence is longer, whatever bound the caller gave.
 _LONGEST = 2**31 - 1
+
+
+def make_plan(*sizes: int, backward: bool) -> groups.Plan:
+    """The plan of a call of these sizes, those of :class:`groups.Call`; the forward's segments of
+    own blocks come on top."""
+    call = groups.Call(*sizes)
+    bound = flash.WORKSPACE_BYTES
+    if bound is None:
+        bound = max(1 << 30, call.tensor_bytes(backward) * 3 // 16)
+
+    def fits(entries: int, segments: int) -> bool:
+        size = group_bytes(entries, segments, call.block_size, call.head_dim, backward)
+        return size <= bound and segments <= 2**30
+
+    return groups.make_plan(call, 4096 if backward else groups.ROW_TILE, fits)
+
+
+def group_bytes(entries: int, segments: int, block_size: int, head_dim: int, backward: bool) -> int:
+    """What a group holds at once: the routing and what attend returns."""
+    if not backward:
+        return entries * (2 * 4 + 2 * head_dim + 4)
+    dq = (4 if block_size > groups.KEY_TILE else 2) * head_dim
+    return entries * (2 * 4 + dq) + segments * block_size * 4 * head_dim
 
 
 def _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, *, backward: bool):
@@ -24,9 +47,9 @@ def _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, *, backward: bo
 
 
 @functools.lru_cache(256)  # 5 us for every call of the same sizes
-def _plan(workspace: int | None, *call) -> flash.FlashPlan:
+def _plan(workspace: int | None, *call) -> groups.Plan:
     *sizes, backward = call
-    return flash.make_plan(*sizes, backward=backward, sm90=True)
+    return make_plan(*sizes, backward=backward)
 
 
 def forward(
@@ -93,30 +116,22 @@ def _arrays(*sizes: int) -> int:
     return sum(-(-size // 256) * 256 for size in sizes)
 
 
-def planned_sizes(
-    batch: int,
-    tokens_q: int,
-    tokens_k: int,
-    max_seqlen_k: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    block_size: int,
-    topk: int,
-) -> dict:
+def planned_sizes(**sizes: int) -> dict:
     """What ``moba_ext.plan`` reports of a call: the bytes that it asks torch for at once."""
-    call = batch, tokens_q, tokens_k, max_seqlen_k, heads_q, heads_k, head_dim, block_size, topk
+    call = groups.Call(**sizes)
     plans = [_plan(flash.WORKSPACE_BYTES, *call, backward) for backward in (False, True)]
-    if plans[0].dense or tokens_q == 0:
-        return flash.planned_sizes(*call)
-    group, num_blocks = heads_q // heads_k, tokens_k // block_size + batch
-    slots = reference.num_slots(max_seqlen_k, block_size, topk)
-    of_call = _arrays(8 * (batch + 1))
-    row, several_tiles = 2 * head_dim, block_size > flash.KEY_TILE
-    sizes = []
+    if plans[0].dense or call.tokens_q == 0:
+        return flash.planned_sizes(**sizes)
+    tokens_q, heads_q, heads_k, head_dim = call.tokens_q, call.heads_q, call.heads_k, call.head_dim
+    block_size, group = call.block_size, heads_q // heads_k
+    num_blocks = call.tokens_k // block_size + call.batch
+    slots = reference.num_slots(call.max_seqlen_k, block_size, call.topk)
+    of_call = _arrays(8 * (call.batch + 1))
+    row, several_tiles = 2 * head_dim, block_size > groups.KEY_TILE
+    held = []
     for plan, backward in zip(plans, (False, True)):
         heads = plan.heads_per_group
-        own_rows, lists, keys = heads * tokens_q * group, heads * num_blocks, heads * tokens_k
+        own_rows, lists, keys = heads * tokens_q * group, heads * num_blocks, heads * call.tokens_k
         rows_of_head = plan.queries_per_group * group
         entries = heads * rows_of_head * slots
         segments = lists + -(-entries // plan.segment_rows)
@@ -132,17 +147,17 @@ def planned_sizes(
             own = _arrays(own_rows * dq, *[sums] * 2)
             turns = entries // 64 + segments + own_rows // 64 + lists + 2 if several_tiles else 0
             routed += [entries * dq, 4 * (1 + turns), *[segments * block_size * row] * 2]
-            sizes.append(of_call + stats + own + _arrays(*routed))
+            held.append(of_call + stats + own + _arrays(*routed))
         else:
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
             gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
             rows = entries + own_rows
             routed += [rows * row, 4 * rows, 4]
-            sizes.append(of_call + max(gate, _arrays(*routed)))
+            held.append(of_call + max(gate, _arrays(*routed)))
     return {
         "dense": False,
-        "forward_bytes": sizes[0],
-        "backward_bytes": sizes[1],
+        "forward_bytes": held[0],
+        "backward_bytes": held[1],
         "heads_per_group": plans[0].heads_per_group,
         "queries_per_group": plans[0].queries_per_group,
         "groups": len(plans[0].head_ranges()) * len(plans[0].query_ranges()),

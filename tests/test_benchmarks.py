@@ -84,7 +84,8 @@ def tree(tmp_path, monkeypatch):
     for name in ("csrc/cuda/deep", "csrc/cuda/sm90", "benchmarks/results", "moba_ext"):
         (tmp_path / name).mkdir(parents=True)
     kernels = ("csrc/cuda/a.cu", "csrc/cuda/deep/b.cuh", "csrc/params.h", *GATE)
-    for name in (*kernels, "moba_ext/flash.py", "moba_ext/sm90.py", "moba_ext/varlen.py"):
+    modules = (f"moba_ext/{name}.py" for name in ("flash", "groups", "sm90", "varlen"))
+    for name in (*kernels, *modules):
         (tmp_path / name).write_text(name)
     marks = "<!-- benchmarks/attention.py begin -->\n\n<!-- benchmarks/attention.py end -->"
     (tmp_path / "README.md").write_text(f"before\n{marks}\nafter\n")

@@ -14,7 +14,7 @@ from numerics import (
 )
 
 import moba_ext
-from moba_ext import flash, ops, varlen
+from moba_ext import flash, groups, ops, sm90, varlen
 
 CASES = [
     self_attention(300, 4, 4, 16, 16, 4),
@@ -101,7 +101,7 @@ def test_layouts(layout):
 @pytest.mark.parametrize("case", CASES)
 def test_groups_of_heads_and_queries(case, workspace, monkeypatch):
     monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(flash, "_ROW_TILE", 2)  # else shorter lists would not be worth a group
+    monkeypatch.setattr(groups, "ROW_TILE", 2)  # else shorter lists would not be worth a group
     check(case, True)
 
 
@@ -154,12 +154,13 @@ def test_plan(monkeypatch):
     assert dense.stages == ("block_mean", "gate_topk", "attend", "merge") and dense.groups == 1
 
 
-@pytest.mark.parametrize("sm90", [False, True])
+@pytest.mark.parametrize("backend", [flash, sm90])
 @pytest.mark.parametrize("workspace", [None, 2**28, 2**32])
-def test_groups_stay_in_the_workspace(workspace, sm90, monkeypatch):
+def test_groups_stay_in_the_workspace(workspace, backend, monkeypatch):
     """At any length, but for the least that a group is; and within FlashAttention's limits."""
-    least, share = (2**30, 3 / 16) if sm90 else (1.5 * 2**30, 3 / 8)
-    group_bytes = flash._sm90_group_bytes if sm90 else flash._group_bytes
+    hopper = backend is sm90
+    least, share = (2**30, 3 / 16) if hopper else (1.5 * 2**30, 3 / 8)
+    group_bytes = backend.group_bytes if hopper else flash._group_bytes
     monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
     for tokens in (4096, 65_536, 1 << 20):
         tensors = 2 * 128 * tokens * (32 + 8) * 2
@@ -167,16 +168,16 @@ def test_groups_stay_in_the_workspace(workspace, sm90, monkeypatch):
             call = 1, tokens, tokens, tokens, 32, 8, 128, block_size, topk
             for backward in (False, True):
                 bound = workspace or max(least, share * tensors * (1 + backward))
-                plan = flash.make_plan(*call, backward=backward, sm90=sm90)
+                plan = backend.make_plan(*call, backward=backward)
                 if not plan.slots:
                     continue
                 entries = plan.heads_per_group * plan.queries_per_group * 4 * plan.slots
                 lists = plan.heads_per_group * (tokens // block_size + 1)
                 segments = lists + -(-entries // plan.segment_rows)
-                assert entries < 2**31 and segments <= (2**30 if sm90 else 65_535)
+                assert entries < 2**31 and segments <= (2**30 if hopper else 65_535)
                 held = group_bytes(entries, segments, block_size, 128, backward)
                 if plan.at_once * held > bound:
-                    assert plan.heads_per_group == 1 and entries < 2 * flash._ROW_TILE * lists
+                    assert plan.heads_per_group == 1 and entries < 2 * groups.ROW_TILE * lists
                 assert sum(b - a for a, b in plan.query_ranges()) == tokens
                 assert sum(b - a for a, b in plan.head_ranges()) == 8
 

@@ -14,7 +14,7 @@ from numerics import Case, self_attention
 from torch.profiler import ProfilerActivity, profile
 
 import moba_ext
-from moba_ext import flash
+from moba_ext import flash, groups, sm90
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
@@ -85,7 +85,7 @@ def test_small_workspace(block_size, monkeypatch):
     """Heads apart, in several ranges of queries."""
     monkeypatch.setattr(flash, "WORKSPACE_BYTES", 2**22)
     sizes = 1, 8192, 8192, 8192, 4, 2, 128, block_size, 4
-    plan = flash.make_plan(*sizes, backward=True, sm90=True)
+    plan = sm90.make_plan(*sizes, backward=True)
     assert len(plan.head_ranges()) == 2 and len(plan.query_ranges()) > 1
     case = self_attention(8192, 4, 2, 128, block_size, 4)
     check(case, hot_inputs(case, torch.bfloat16))
@@ -218,7 +218,7 @@ def test_graph_and_its_kernels(block_size):
         step()
         torch.cuda.synchronize()
     kernels = [e.name for e in prof.events()]
-    forward = f"attend_forward_{'tile' if block_size <= flash.KEY_TILE else 'tiles'}_kernel"
+    forward = f"attend_forward_{'tile' if block_size <= groups.KEY_TILE else 'tiles'}_kernel"
     assert sum(forward in name for name in kernels) == 1
     assert sum("attend_backward_kernel" in name for name in kernels) == 1
     assert not any("flash_fwd" in name or "flash_bwd" in name for name in kernels)

@@ -20,7 +20,7 @@ from flash_stages import (
 from numerics import Case, assert_within_budget, self_attention
 from torch import Tensor
 
-from moba_ext import flash
+from moba_ext import groups
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
@@ -133,7 +133,7 @@ def part_gradients(dtype: torch.dtype, dout, q, k, v, lse_log2, delta, scale, se
 
 def rows_of_dq(part_dq: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:
     """[n, D], whichever way the kernel leaves it."""
-    halves = block_size > flash.KEY_TILE
+    halves = block_size > groups.KEY_TILE
     assert part_dq.dtype == (torch.float32 if halves else dtype)
     return from_halves(part_dq) if halves else part_dq[:, 0]
 

@@ -49,7 +49,7 @@ class Arrays {
   int64_t bytes_ = 0;
 };
 
-// How a call is cut into groups (moba_ext/flash.py, FlashPlan).
+// How a call is cut into groups (moba_ext/groups.py, Plan).
 struct Plan {
   int64_t segment_rows, heads_per_group, queries_per_group;
 };
