@@ -35,7 +35,8 @@ def needs_order(max_k: int, head_dim: int) -> bool:
 
 
 def ranges(size: int, step: int) -> list[tuple[int, int]]:
-    return [(first, min(first + step, size)) for first in range(0, size, step)]
+    """Of 0 to size, as long as step each; none where both are 0."""
+    return [(first, min(first + step, size)) for first in range(0, size, max(step, 1))]
 
 
 class Sequences(NamedTuple):

@@ -152,6 +152,9 @@ def test_plan(monkeypatch):
     assert own.backward_bytes < sparse.backward_bytes and own.forward_bytes < sparse.forward_bytes
     dense = moba_ext.plan(4096, block_size=512, topk=8, **sizes)
     assert dense.stages == ("block_mean", "gate_topk", "attend", "merge") and dense.groups == 1
+    for backend in ("flash", "sm90"):
+        nothing = moba_ext.plan(0, 4096, block_size=128, topk=8, **{**sizes, "backend": backend})
+        assert nothing.groups == 0 and nothing.attended_pairs == 0
 
 
 @pytest.mark.parametrize("backend", [flash, sm90])
