@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import _C, flash, groups, reference, varlen
+from . import _C, flash, groups, varlen
 
 # Offsets are int32, so no sequence is longer, whatever bound the caller gave.
 _LONGEST = 2**31 - 1
@@ -125,7 +125,7 @@ def planned_sizes(**sizes: int) -> dict:
     tokens_q, heads_q, heads_k, head_dim = call.tokens_q, call.heads_q, call.heads_k, call.head_dim
     block_size, group = call.block_size, heads_q // heads_k
     num_blocks = call.tokens_k // block_size + call.batch
-    slots = reference.num_slots(call.max_seqlen_k, block_size, call.topk)
+    slots = call.topk - 1  # of any sequence that is longer than topk blocks
     of_call = _arrays(8 * (call.batch + 1))
     row, several_tiles = 2 * head_dim, block_size > groups.KEY_TILE
     held = []
@@ -133,10 +133,9 @@ def planned_sizes(**sizes: int) -> dict:
         heads = plan.heads_per_group
         own_rows, lists, keys = heads * tokens_q * group, heads * num_blocks, heads * call.tokens_k
         rows_of_head = plan.queries_per_group * group
-        entries = heads * rows_of_head * slots
-        segments = lists + -(-entries // plan.segment_rows)
+        entries, segments = call.counts(heads, plan.queries_per_group, plan.segment_rows)
         if not backward:  # own blocks have segments of their own
-            segments += lists + -(-heads * rows_of_head // plan.segment_rows)
+            segments += lists + groups.ceil_div(heads * rows_of_head, plan.segment_rows)
         table = _C.route_table(heads, rows_of_head * slots, num_blocks)
         lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1
         routed = [4 * length for length in (*lengths, table)]

@@ -573,7 +573,7 @@ def test_arguments_of_the_backward_are_checked_before_the_launch():
             Backward(call, Group(0, 1, 0, 64), inputs, scale, 64)
     arguments = Backward(call, Group(0, 1, 0, 64), right, 0.1, 64).arguments
     for cu_seqlens_q in wrong_offsets(call):
-        with pytest.raises(RuntimeError, match="cu_seqlens_q must be (a )?contiguous"):
+        with pytest.raises(RuntimeError, match="cu_seqlens_q must be a contiguous"):
             torch.ops.moba.sm90_attend_backward(*right, cu_seqlens_q, *arguments, 0.1, 0, 1, 0, 64)
     for out, dlse, message in (
         (narrow[1], None, "head_dim must be 64 or 128, got 32"),

@@ -18,15 +18,17 @@
 namespace moba::cuda::sm90 {
 namespace {
 
-// What both attends take besides: entries and segments of flash_route.
+// What both attends take besides: cu_seqlens_q, entries and segments of flash_route.
 void set_routed(RoutedRows& params, const Tensor& q, const Tensor& k, const Tensor& v,
-                const Tensor& entries, const Tensor& segment_offsets, const Tensor& segment_lists,
-                const Tensor& cu_rows, const Tensor& cu_seqlens_k, const Tensor& cu_blocks,
-                int64_t block_size, double softmax_scale, const Group& group) {
+                const Tensor& cu_seqlens_q, const Tensor& entries, const Tensor& segment_offsets,
+                const Tensor& segment_lists, const Tensor& cu_rows, const Tensor& cu_seqlens_k,
+                const Tensor& cu_blocks, int64_t block_size, double softmax_scale,
+                const Group& group) {
   set_tensors(params, q, k, v, block_size, softmax_scale, group);
   Problem& problem = params.problem;
   check_offsets(cu_seqlens_k, "cu_seqlens_k", q, "q");
   problem.batch = cu_seqlens_k.numel() - 1;
+  check_vector(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, problem.batch + 1, q);
   check_vector(cu_blocks, "cu_blocks", ScalarType::Long, problem.batch + 1, q);
   problem.num_blocks = problem.tokens_k / block_size + problem.batch;
   const int64_t rows = group.heads() * group.queries() * problem.group();
@@ -38,6 +40,7 @@ void set_routed(RoutedRows& params, const Tensor& q, const Tensor& k, const Tens
   check_vector(segment_lists, "segment_lists", ScalarType::Int, -1, q);
   check_vector(cu_rows, "cu_rows", ScalarType::Int, segment_lists.numel() + 1, q);
 
+  problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
   problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
   problem.cu_blocks = data_of<int64_t>(cu_blocks);
   params.entries = data_of<int32_t>(entries);
@@ -57,11 +60,10 @@ std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlen
                                   double softmax_scale, int64_t head_begin, int64_t head_end,
                                   int64_t query_begin, int64_t query_end) {
   AttendForwardParams params{};
-  set_routed(params, q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k,
-             cu_blocks, block_size, softmax_scale, {head_begin, head_end, query_begin, query_end});
+  set_routed(params, q, k, v, cu_seqlens_q, entries, segment_offsets, segment_lists, cu_rows,
+             cu_seqlens_k, cu_blocks, block_size, softmax_scale,
+             {head_begin, head_end, query_begin, query_end});
   const Problem& problem = params.problem;
-  check_vector(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, problem.batch + 1, q);
-  params.problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   int64_t rows = entries.numel();
   params.own_begin = static_cast<int32_t>(rows);
@@ -90,12 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_op(
     int64_t head_begin, int64_t head_end, int64_t query_begin, int64_t query_end) {
   AttendBackwardParams params{};
   const Group group{head_begin, head_end, query_begin, query_end};
-  set_routed(params, q, k, v, entries, segment_offsets, segment_lists, cu_rows, cu_seqlens_k,
-             cu_blocks, block_size, softmax_scale, group);
-  Problem& problem = params.problem;
-  check_offsets(cu_seqlens_q, "cu_seqlens_q", q, "q");
-  check_vector(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, problem.batch + 1, q);
-  problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
+  set_routed(params, q, k, v, cu_seqlens_q, entries, segment_offsets, segment_lists, cu_rows,
+             cu_seqlens_k, cu_blocks, block_size, softmax_scale, group);
+  const Problem& problem = params.problem;
   check_shape(dout, "dout", q, q.size(0), q.size(1), q.size(2));
   params.dout = vectors_of(dout, "dout");
   MOBA_CHECK(q.size(0) * q.size(1) <= UINT32_MAX, "q has 2^32 rows or more");
