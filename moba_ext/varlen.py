@@ -361,6 +361,7 @@ def _rest_of_lse_grad(dlse: Tensor, like: Tensor) -> LseGrad:
 
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy: FlashAttention loads 16 bytes at a time from every row."""
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]):
+    token_stride, head_stride, step = x.stride()
+    if step == 1 and token_stride % 8 == head_stride % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -303,3 +303,41 @@ def test_vmap_loops_over_the_batch():
         return torch.ops.moba.attention(x, x, x, cu_seqlens, cu_seqlens, 10, 10, 4, 2)[0]
 
     assert torch.equal(torch.func.vmap(attention)(q), torch.stack([attention(x) for x in q]))
+
+
+def test_a_call_like_one_before_is_checked_too():
+    """Where the values of cu_seqlens are not read, arguments that have been checked are known."""
+
+    def call(**changes):
+        good = arguments(topk=1, softmax_scale=1.0)
+        good = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in good.items()}
+        return moba_ext.moba_attention_varlen(**{**good, **changes})
+
+    known = moba_ext.attention._checked
+    known.clear()
+    for _ in range(2):
+        assert call().shape == (40, 4, 16)
+    assert len(known) == 1
+    for changes, error, message in [
+        ({"topk": True}, TypeError, "topk is True"),
+        ({"block_size": 8.0}, TypeError, "block_size is 8.0"),
+        ({"softmax_scale": True}, TypeError, "softmax_scale is True"),
+        ({"topk": [1]}, TypeError, "topk is [1]"),
+        ({"max_seqlen_k": None}, TypeError, "max_seqlen_k is None"),
+        ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
+        ({"k": torch.randn(50, 3, 16).to("meta")}, ValueError, "v has shape (50, 2, 16)"),
+        ({"v": torch.randn(50, 2, 16)}, ValueError, "v is on cpu"),
+        ({"cu_seqlens_q": offsets(0, 40).to("meta")}, ValueError, "cu_seqlens_k has 3 entries"),
+        (
+            {"cu_seqlens_k": offsets(0, 20, 50, dtype=torch.int64).to("meta")},
+            TypeError,
+            "cu_seqlens_k has dtype torch.int64",
+        ),
+    ]:
+        for _ in range(2):
+            with pytest.raises(error, match=re.escape(message)):
+                call(**changes)
+    assert len(known) == 1
+    for topk in range(2, 1030):
+        call(topk=topk)
+    assert len(known) <= 1024

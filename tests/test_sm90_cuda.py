@@ -4,6 +4,7 @@ Its kernels alone: test_sm90_stages_cuda.py.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import flash_checks
 import pytest
@@ -231,3 +232,28 @@ def test_graph_and_its_kernels(block_size):
             old.copy_(new)
     graph.replay()
     assert_same_bits(static, run(case, values, new_douts))
+
+
+@pytest.mark.parametrize("backend", ["flash", "sm90"])
+def test_threads_with_calls_of_different_sizes(backend):
+    """What one launch asks of the device does not spoil another thread's: few slots and many, few
+    blocks and many."""
+    cases = [
+        self_attention(3000, 4, 2, 128, block_size, topk)
+        for block_size, topk in ((512, 3), (16, 100), (128, 8), (4, 5))
+    ]
+    calls = [(case, random_inputs(case, torch.bfloat16)) for case in cases]
+    calls = [(*call, upstream(call[0], torch.bfloat16)) for call in calls]
+    wanted = [flash_checks.run(*call, backend=backend) for call in calls]
+    torch.cuda.synchronize()
+
+    def repeat(index: int) -> list[Result]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [flash_checks.run(*calls[index], backend=backend) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for index, results in enumerate(pool.map(repeat, range(len(calls)))):
+            for result in results:
+                assert_same_bits(result, wanted[index])

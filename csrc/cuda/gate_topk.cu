@@ -90,8 +90,9 @@ __device__ RowTile row_tile(const Problem& problem, int rows_per_tile) {
   const int64_t group = problem.heads_q / problem.heads_k, rows = problem.tokens_q * group;
   const int64_t last = (rows - 1) / rows_per_tile;
   const int64_t first = (last - blockIdx.x / problem.heads_k) * rows_per_tile;
+  // The shuffle tells the compiler that all lanes have the same count: a register less.
   return {first / group, static_cast<int>(first % group), static_cast<int>(group),
-          static_cast<int>(min(rows - first, int64_t{rows_per_tile})),
+          __shfl_sync(kAllLanes, static_cast<int>(min(rows - first, int64_t{rows_per_tile})), 0),
           static_cast<int>(blockIdx.x % problem.heads_k)};
 }
 
@@ -209,12 +210,23 @@ class Selector {
   template <typename T>
   __device__ void select(const S& scorer, const char* stage, const Centroids<T>& centroids,
                          int first, int head_dim) {
-    mark<1>(scorer, stage, centroids, first, head_dim);
-    mark<0>(scorer, stage, centroids, first, head_dim);
+    if constexpr (S::kTogether) {
+      scorer.each(stage, [&](auto part, const auto& s) { mark<part>(s); });
+    } else {
+      const auto mark_part = [&](auto part) {
+        if (!wanted<part>(centroids, first)) return;
+        float s[S::kUnits][kLaneBlocks];
+        scorer.template scores<part>(stage, centroids, first, head_dim, s);
+        mark<part>(s);
+      };
+      mark_part(std::integral_constant<int, 1>{});
+      mark_part(std::integral_constant<int, 0>{});
+    }
     __syncwarp();
     uint32_t high = 0, low = 0;
     if (owner()) {
-      const uint32_t all = open_ ? ~uint32_t{0} : 0;
+      // Where there is room and no bound, or mark_offset would not be exact, everything enters.
+      const uint32_t all = offset_ > 0x1p126f ? ~uint32_t{0} : 0;
       const auto* const masks = reinterpret_cast<const uint32_t*>(masks_) + lane();
       low = (masks[0] | all) & first_columns(past_ - first);
       high = (masks[kWarpRows] | all) & first_columns(past_ - first - kChunkBlocks);
@@ -234,12 +246,10 @@ class Selector {
     return first + S::chunk(kPart, 0) * kChunkBlocks < min(warp_past_, centroids.blocks);
   }
 
-  // What a score must not be below to enter. open_: everything enters, because there is room and
-  // no bound, or mark_offset would not be exact.
+  // What a score must not be below to enter.
   __device__ void publish() {
     const int32_t worst = best_.worst();
     const float threshold = fmaxf(bound_, worst <= kNanKey ? -INFINITY : score_of(worst));
-    open_ = threshold < -0x1p62f && past_ > 0;
     offset_ = mark_offset(threshold);
   }
 
@@ -268,12 +278,8 @@ class Selector {
 
   // Scores of a part into the buffer, and one bit for each, the first column highest. By
   // multiplications: the unit that compares and shifts has most to do here.
-  template <int kPart, typename T>
-  __device__ void mark(const S& scorer, const char* stage, const Centroids<T>& centroids, int first,
-                       int head_dim) {
-    if (!wanted<kPart>(centroids, first)) return;
-    float s[S::kUnits][kLaneBlocks];
-    scorer.template scores<kPart>(stage, centroids, first, head_dim, s);
+  template <int kPart>
+  __device__ void mark(const float (&s)[S::kUnits][kLaneBlocks]) {
     const int g = lane() / 4, t = lane() % 4;
     float* const buffer = buffer_ + g * kPitch + t * kLaneBlocks;
     uint8_t* const masks = masks_ + g * 4 + 3 - t;
@@ -338,7 +344,6 @@ class Selector {
   uint8_t* masks_;
   int past_ = 0, warp_past_ = 0;
   float bound_ = -INFINITY, offset_ = 0.0f;
-  bool open_ = true;
 };
 
 template <typename T, int kDim, typename Best>

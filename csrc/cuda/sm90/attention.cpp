@@ -8,10 +8,10 @@
 #include <optional>
 #include <tuple>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "cuda/sm90/call.h"
@@ -23,6 +23,29 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kL2Bytes = 48 << 20;
+
+// A contiguous tensor on the device of `like`, of a dtype as torch's C functions know it.
+// torch::stable::new_empty looks the op up by its name and calls two: twice the host's time, and a
+// call makes up to ten.
+template <size_t kDimensions>
+Tensor new_tensor(const Tensor& like, const int64_t (&sizes)[kDimensions], int32_t dtype) {
+  int64_t strides[kDimensions], stride = 1;
+  for (size_t i = kDimensions; i > 0; --i) {
+    strides[i - 1] = stride;
+    stride *= std::max<int64_t>(sizes[i - 1], 1);
+  }
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDimensions, sizes, strides, dtype,
+                                                  aoti_torch_device_type_cuda(),
+                                                  like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
 
 // Arrays in one allocation: `lay_out` takes them one by one, first to learn the size.
 class Arrays {
@@ -38,7 +61,7 @@ class Arrays {
   static Tensor allocate(const Tensor& like, const LayOut& lay_out) {
     Arrays sizes, arrays;
     lay_out(sizes);
-    Tensor memory = torch::stable::new_empty(like, {sizes.bytes_}, ScalarType::Byte);
+    Tensor memory = new_tensor(like, {sizes.bytes_}, aoti_torch_dtype_uint8());
     arrays.base_ = static_cast<char*>(memory.mutable_data_ptr());
     lay_out(arrays);
     return memory;
@@ -195,18 +218,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
                   num_slots(max_seqlen_k, block_size, topk), softmax_scale,
                   {segment_rows, heads_per_group, queries_per_group});
   const Problem& problem = call.problem();
-  Tensor out = torch::stable::new_empty(q, {problem.tokens_q, problem.heads_q, problem.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {problem.heads_q, problem.tokens_q}, ScalarType::Float);
-  Tensor ids = torch::stable::new_empty(q, {problem.tokens_q, problem.heads_q, problem.slots},
-                                        ScalarType::Int);
+  const int64_t tokens_q = problem.tokens_q, heads_q = problem.heads_q;
+  Tensor out = new_tensor(q, {tokens_q, heads_q, problem.head_dim}, dtype_of(q));
+  Tensor lse = new_tensor(q, {heads_q, tokens_q}, aoti_torch_dtype_float32());
+  Tensor ids = new_tensor(q, {tokens_q, heads_q, problem.slots}, aoti_torch_dtype_int32());
 
   const auto select_blocks = [&] {
     GateTopkParams gate{};
     uint16_t* kbar;
     const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
       kbar = arrays.take<uint16_t>(problem.num_blocks * problem.heads_k * problem.head_dim);
-      gate.scores = arrays.take<float>(
-          problem.slots > 32 ? problem.tokens_q * problem.heads_q * problem.slots : 0);
+      gate.scores = arrays.take<float>(problem.slots > 32 ? tokens_q * heads_q * problem.slots : 0);
     });
     if (problem.slots <= 32) gate.scores = nullptr;
     STD_CUDA_CHECK(block_mean(problem, rows_of(k), kbar, call.stream));
@@ -220,8 +242,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
   if (problem.slots > 0) select_blocks();
   for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
     Group group{head, call.last_head(head), 0, 0};
-    const int64_t own_rows = group.heads() * problem.tokens_q * problem.group();
-    for (int64_t query = 0; query < problem.tokens_q; query = call.last_query(query)) {
+    const int64_t own_rows = group.heads() * tokens_q * problem.group();
+    for (int64_t query = 0; query < tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
       const int64_t q_bytes = call.rows(group) * problem.head_dim * 2;
@@ -299,9 +321,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   params.scale = static_cast<float>(softmax_scale);
   STD_CUDA_CHECK(row_stats(stats, call.stream));
 
-  Tensor dq = torch::stable::new_empty(q, {tokens_q, problem.heads_q, dim});
-  Tensor dk = torch::stable::new_empty(q, {tokens_k, problem.heads_k, dim});
-  Tensor dv = torch::stable::new_empty(q, {tokens_k, problem.heads_k, dim});
+  Tensor dq = new_tensor(q, {tokens_q, problem.heads_q, dim}, dtype_of(q));
+  Tensor dk = new_tensor(q, {tokens_k, problem.heads_k, dim}, dtype_of(q));
+  Tensor dv = new_tensor(q, {tokens_k, problem.heads_k, dim}, dtype_of(q));
   for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
     Group group{head, call.last_head(head), 0, 0};
     const int64_t heads = group.heads(), keys = tokens_k * heads;

@@ -61,7 +61,7 @@ struct GateScorer {
                                int head_dim) {
     static_assert(kTileBlocks == 64 && kChunkBlocks == 32);
     constexpr int kGroups = kGateThreads / kVectors / 8;  // of 8 rows that are copied at a time
-    const int vector = threadIdx.x % kVectors, row = threadIdx.x / kVectors;
+    const int thread = fresh_thread_index(), vector = thread % kVectors, row = thread / kVectors;
     const int column = row % 8, block = column / 2 * 8 + column % 2 + row / 8 * 2;
     const T* const from = centroids.data + int64_t{first + block} * centroids.stride + vector * 8;
     const uint32_t to = shared_address(stage) + vector / 8 * kTileBlocks * 128 + row * 128 +
@@ -87,9 +87,29 @@ struct GateScorer {
   template <int kPart>
   __device__ void scores(const char* stage, const Centroids<T>&, int, int,
                          float (&s)[kUnits][kLaneBlocks]) const {
+    float d[kUnits * kLaneBlocks];
+    start<kPart>(stage, d);
+    finish<0>(d, s);
+  }
+
+  // Of both parts: visit(part, s), the second part first, whose scores are looked at while the
+  // other's are under way. 5 % of the gate in row C.
+  template <typename Visit>
+  __device__ void each(const char* stage, const Visit& visit) const {
+    float d[2][kUnits * kLaneBlocks], s[kUnits][kLaneBlocks];
+    start<1>(stage, d[1]);
+    start<0>(stage, d[0]);
+    finish<1>(d[1], s);
+    visit(std::integral_constant<int, 1>{}, s);
+    finish<0>(d[0], s);
+    visit(std::integral_constant<int, 0>{}, s);
+  }
+
+ private:
+  template <int kPart>
+  __device__ void start(const char* stage, float (&d)[kUnits * kLaneBlocks]) const {
     // The shuffle tells the compiler that all lanes have the same.
     const uint64_t centroids = descriptor(__shfl_sync(~0u, shared_address(stage), 0), 0);
-    float d[kUnits * kLaneBlocks];
     fence_wgmma();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -97,7 +117,11 @@ struct GateScorer {
       mma_rows<T>(d, q[kPart][step], advance(centroids, offset), step > 0);
     }
     commit_wgmma();
-    wait_wgmma<0>();
+  }
+
+  template <int kPending>
+  static __device__ void finish(float (&d)[kUnits * kLaneBlocks], float (&s)[kUnits][kLaneBlocks]) {
+    wait_wgmma<kPending>();
     hold(d);
 #pragma unroll
     for (int j = 0; j < kUnits * kLaneBlocks; ++j) {
@@ -105,7 +129,6 @@ struct GateScorer {
     }
   }
 
- private:
   __device__ void stage_q(const T* lane_row, int head_dim, uint32_t staging) const {
     constexpr int kAtOnce = 32 / kVectors;  // rows
     static_assert(kRowGroups == 4, "a row per lane");
