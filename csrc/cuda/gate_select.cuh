@@ -30,6 +30,14 @@ inline __device__ float score_of(int32_t key) {
   return key == kNanKey ? NAN : __int_as_float(key ^ ((key >> 31) & INT_MAX));
 }
 
+// x = y if `by`. As a multiplication by 1, which the compiler does not know blockDim.y to be: the
+// unit that selects and compares has most to do in an insertion, and the one that multiplies least.
+inline __device__ void replace(int32_t& x, int32_t y, bool by) {
+  asm("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p mad.lo.s32 %0, %1, %3, 0; }"
+      : "+r"(x)
+      : "r"(y), "r"(static_cast<uint32_t>(by)), "r"(blockDim.y));
+}
+
 // Where a row's results go. scores may be null.
 struct RowOutput {
   int32_t* ids;   // [K]
@@ -55,14 +63,19 @@ class List {
   __device__ int32_t worst() const { return key_[kSlots - 1]; }
 
   __device__ void insert(int32_t key, int32_t id) {
+    bool reached[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) reached[i] = key >= key_[i];
 // Every slot from the old values of it and the one above: no chain through the list.
 #pragma unroll
     for (int i = kSlots - 1; i > 0; --i) {
-      id_[i] = key >= key_[i - 1] ? id_[i - 1] : key >= key_[i] ? id : id_[i];
-      key_[i] = max(key_[i], min(key_[i - 1], key));
+      replace(id_[i], id, reached[i]);
+      replace(id_[i], id_[i - 1], reached[i - 1]);
+      replace(key_[i], key, reached[i]);
+      replace(key_[i], key_[i - 1], reached[i - 1]);
     }
-    id_[0] = key >= key_[0] ? id : id_[0];
-    key_[0] = max(key_[0], key);
+    replace(id_[0], id, reached[0]);
+    replace(key_[0], key, reached[0]);
   }
 
   static __device__ float kth_best(int slots, const float* from) {
