@@ -13,6 +13,7 @@ from flash_checks import INPUTS, Result, assert_same_bits, hot_inputs, random_in
 from flash_stages import DEVICE, INVALID
 from numerics import Case, self_attention
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_ext
 from moba_ext import flash, groups, sm90
@@ -257,3 +258,26 @@ def test_threads_with_calls_of_different_sizes(backend):
         for index, results in enumerate(pool.map(repeat, range(len(calls)))):
             for result in results:
                 assert_same_bits(result, wanted[index])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_dispatch_mode_sees_the_op(grad):
+    """As selective checkpointing and counters of operations want it."""
+    case = self_attention(600, 4, 2, 64, 64, 3)
+    inputs = [x.requires_grad_(grad) for x in random_inputs(case, torch.bfloat16)]
+    sizes = *case.cu_seqlens(DEVICE), case.max_seqlen_q, case.max_seqlen_k, 64, 3
+    seen = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    wanted = torch.ops.moba.attention(*inputs, *sizes, backend="sm90")
+    with Listener():
+        got = torch.ops.moba.attention(*inputs, *sizes, backend="sm90")
+        assert torch.ops.moba.attention.default in seen
+        if grad:
+            torch.autograd.grad(got[0].sum(), inputs)
+            assert torch.ops.moba.attention_backward.default in seen
+    assert all(torch.equal(x, y) for x, y in zip(wanted, got))
