@@ -173,7 +173,7 @@ def _check_arguments(tensors: tuple[Tensor, ...], numbers: tuple) -> tuple[int, 
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     softmax_scale = _check_scale(softmax_scale)
     if signature is not None:
-        if len(_checked) == 1024:
+        if len(_checked) >= 1024:
             _checked.clear()
         _checked.add(signature)
     return block_size, topk, softmax_scale
