@@ -16,6 +16,7 @@
 
 #include "cuda/blocks.cuh"
 #include "cuda/device.cuh"
+#include "cuda/divisor.h"
 #include "cuda/stages.h"
 #include "plan.h"
 
@@ -38,16 +39,15 @@ static_assert(kMaxSorted / 4 < 1 << 16);
 
 // Sizes of the sort; entries are counted within a KV head.
 struct Sort {
-  const int32_t* ids;           // [Tq, Hq, K]
+  const int32_t* ids;           // [Tq, Hq, K], of the first query and head
   const int32_t* cu_seqlens_q;  // [batch + 1]
   const int64_t* cu_blocks;     // [batch + 1]
   int64_t batch;
-  int64_t query_stride;  // Hq * K
+  uint32_t query_stride;  // Hq * K
   uint32_t query_begin;
-  uint32_t head_begin;
-  uint32_t query_entries;  // G * K
-  uint32_t entries;        // of a KV head
-  uint32_t tile, tiles;    // entries of a tile, tiles of a KV head
+  Divisor query_entries;  // G * K
+  uint32_t entries;       // of a KV head
+  uint32_t tile, tiles;   // entries of a tile, tiles of a KV head
   uint32_t heads;
   uint32_t num_blocks;
   uint32_t head_step, block_step;  // between the lists of neighbouring heads and blocks
@@ -62,15 +62,17 @@ int64_t counters_bytes(int64_t num_blocks) {
   return std::max<int64_t>(num_blocks, 1) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-Sort make_sort(const Problem& problem, const Group& group) {
+Sort make_sort(const Problem& problem, const Group& group, const int32_t* ids) {
   Sort sort{};
   sort.cu_seqlens_q = problem.cu_seqlens_q;
   sort.cu_blocks = problem.cu_blocks;
   sort.batch = problem.batch;
-  sort.query_stride = problem.heads_q * problem.slots;
+  const int64_t stride = problem.heads_q * problem.slots;
+  const int64_t query_entries = problem.group() * problem.slots;
+  sort.ids = ids + group.query_begin * stride + group.head_begin * query_entries;
+  sort.query_stride = static_cast<uint32_t>(stride);
   sort.query_begin = static_cast<uint32_t>(group.query_begin);
-  sort.head_begin = static_cast<uint32_t>(group.head_begin);
-  sort.query_entries = static_cast<uint32_t>(problem.group() * problem.slots);
+  sort.query_entries = Divisor(static_cast<uint32_t>(query_entries));
   sort.heads = static_cast<uint32_t>(group.heads());
   sort.num_blocks = static_cast<uint32_t>(problem.num_blocks);
   const int64_t entries = group.queries() * problem.group() * problem.slots;
@@ -109,16 +111,14 @@ struct Entries {
 
   __device__ void load(const Sort& sort, uint32_t head, uint32_t first, uint32_t step,
                        uint32_t end) {
+    const int32_t* const of_head = sort.ids + uint64_t{head} * sort.query_entries;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t entry = first + u * step;
-      const uint32_t query = entry / sort.query_entries, rest = entry % sort.query_entries;
+      const uint32_t entry = first + u * step, query = entry / sort.query_entries;
+      const uint32_t rest = entry - query * sort.query_entries;
       queries[u] = sort.query_begin + query;
       ids[u] = -1;
-      if (entry < end) {
-        ids[u] = sort.ids[queries[u] * sort.query_stride +
-                          int64_t{sort.head_begin + head} * sort.query_entries + rest];
-      }
+      if (entry < end) ids[u] = of_head[uint64_t{query} * sort.query_stride + rest];
     }
   }
 
@@ -140,15 +140,15 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   extern __shared__ int32_t shared_counts[];  // [NB]
   int32_t* const row = table + int64_t{blockIdx.x} * sort.num_blocks;
   int32_t* const counts = kShared ? shared_counts : row;
-  for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += kCountThreads) counts[n] = 0;
+  for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += blockDim.x) counts[n] = 0;
   __syncthreads();
   const uint32_t head = blockIdx.x / sort.tiles, begin = blockIdx.x % sort.tiles * sort.tile;
   const uint32_t end = min(begin + sort.tile, sort.entries);
   Sequence sequence;
-  for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * kCountThreads) {
+  for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
     Entries entries;
     int32_t blocks[kUnroll];
-    entries.load(sort, head, first, kCountThreads, end);
+    entries.load(sort, head, first, blockDim.x, end);
     entries.find_blocks(sort, sequence, blocks);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   }
   if (!kShared) return;
   __syncthreads();
-  for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += kCountThreads) row[n] = counts[n];
+  for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += blockDim.x) row[n] = counts[n];
 }
 
 // Segments without entries of a block's list: see Routes::own_first.
@@ -454,8 +454,10 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
   const int64_t lists = int64_t{sort.heads} * sort.num_blocks;
   const uint32_t tiles = sort.heads * sort.tiles;
   const int64_t counter_bytes = kShared ? counters_bytes(sort.num_blocks) : 0;
-  if (tiles > 0)
-    count_kernel<kShared><<<tiles, kCountThreads, counter_bytes, stream>>>(sort, table);
+  if (tiles > 0) {
+    const int threads = sort.tile <= 1024 ? kCountThreads / 2 : kCountThreads;
+    count_kernel<kShared><<<tiles, threads, counter_bytes, stream>>>(sort, table);
+  }
   if (lists > 0) {
     const uint32_t columns = (sort.num_blocks + 31) / 32;
     tiles_kernel<<<sort.heads * columns, kTileScanWarps * 32, 0, stream>>>(sort, problem, group,
@@ -497,8 +499,7 @@ int64_t route_workspace(const Problem& problem, const Group& group) {
 
 cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
                   const Routes& routes, int32_t* workspace, cudaStream_t stream) {
-  Sort sort = make_sort(problem, group);
-  sort.ids = ids;
+  Sort sort = make_sort(problem, group, ids);
   sort.head_step = routes.by_head ? sort.num_blocks : 1;
   sort.block_step = routes.by_head ? 1 : sort.heads;
   return counters_bytes(problem.num_blocks) <= kMaxShared

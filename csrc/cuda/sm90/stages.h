@@ -3,6 +3,7 @@
 
 #include <vector_types.h>
 
+#include "cuda/divisor.h"
 #include "cuda/stages.h"
 
 namespace moba::cuda::sm90 {
@@ -18,27 +19,6 @@ struct RowVectors {
   __device__ uint32_t at(uint32_t token, uint32_t head) const {
     return token * token_step + head * head_step;
   }
-};
-
-// A number below 2^31 to divide such numbers by, as a product and a shift: the compiler's way holds
-// registers that the loading warps don't have (Granlund and Montgomery 1994).
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(uint32_t value) : value_(value) {
-    while (uint64_t{1} << shift_ < value) ++shift_;
-    if (value > 0) {
-      factor_ = static_cast<uint32_t>(((uint64_t{1} << (31 + shift_)) + value - 1) / value);
-    }
-  }
-
-  __host__ __device__ operator uint32_t() const { return value_; }
-  friend __device__ uint32_t operator/(uint32_t x, Divisor by) {
-    return static_cast<uint32_t>(uint64_t{2 * x} * by.factor_ >> 32) >> by.shift_;
-  }
-
- private:
-  uint32_t value_ = 0, factor_ = 0, shift_ = 0;
 };
 
 // The routed rows of a group and the keys of the blocks that they chose.
