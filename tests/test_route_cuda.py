@@ -73,9 +73,11 @@ def test_public_op(case, poisoned):
     assert torch.equal(entries[:used].cpu(), wanted.entries) and (entries[used:] == -1).all()
 
 
-def test_ids_that_are_no_blocks_count_as_empty(poisoned):
-    call = make_call(self_attention([64, 80, 0, 20], 4, 2, 8, 16, 4))
-    wild = torch.randint(-3, 8, call.ids.shape, dtype=torch.int32)
+@pytest.mark.parametrize("topk", [4, 6])  # ranked by comparison, and row by row
+def test_ids_that_are_no_blocks_count_as_empty(topk, poisoned):
+    call = make_call(self_attention([64, 80, 0, 120], 4, 2, 8, 16, topk))
+    slots = call.ids.shape[-1]
+    wild = torch.rand(*call.ids.shape[:2], 11).argsort(-1)[..., :slots].int() - 3
     wild[::7] = 2**31 - 1
     wild[3::7] = -(2**31)
     call = call._replace(ids=wild)
