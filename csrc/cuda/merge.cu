@@ -62,18 +62,8 @@ __device__ float exp2_flushed(float x) {
 
 template <typename T, int kWidth>
 __device__ void add_scaled(const Vector<T, kWidth>& loaded, float scale, float (&sum)[kWidth]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
-    // Two instructions for two elements; __bfloat162float takes three.
-    const auto* const pairs = reinterpret_cast<const uint32_t*>(&loaded);
 #pragma unroll
-    for (int i = 0; i < kWidth; i += 2) {
-      sum[i] = fmaf(__uint_as_float(pairs[i / 2] << 16), scale, sum[i]);
-      sum[i + 1] = fmaf(__uint_as_float(pairs[i / 2] & 0xffff0000u), scale, sum[i + 1]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum[i] = fmaf(to_float(loaded.element[i]), scale, sum[i]);
-  }
+  for (int i = 0; i < kWidth; ++i) sum[i] = fmaf(to_float(loaded.element[i]), scale, sum[i]);
 }
 
 // Not to be read again here: 2 % of merge, which needs the L2 for its parts.
@@ -315,7 +305,21 @@ class Merger {
       const auto* const part = reinterpret_cast<const Part*>(data + i * kPartBytes);
       const auto loaded =
           load<Vector<Part, kElements>>(part + column_in_stage(data + kDataBytes + i * 4, lane));
-      add_scaled(loaded, kBackward ? 1.0f : __shfl_sync(~0u, weight, i, kLanes), sum_);
+      add_weighted(loaded, kBackward ? 1.0f : __shfl_sync(~0u, weight, i, kLanes));
+    }
+  }
+
+  // Two elements of bfloat16 in two instructions; __bfloat162float takes three.
+  __device__ void add_weighted(const Vector<Part, kElements>& loaded, float weight) {
+    if constexpr (std::is_same_v<Part, __nv_bfloat16>) {
+      const auto* const pairs = reinterpret_cast<const uint32_t*>(&loaded);
+#pragma unroll
+      for (int i = 0; i < kElements; i += 2) {
+        sum_[i] = fmaf(__uint_as_float(pairs[i / 2] << 16), weight, sum_[i]);
+        sum_[i + 1] = fmaf(__uint_as_float(pairs[i / 2] & 0xffff0000u), weight, sum_[i + 1]);
+      }
+    } else {
+      add_scaled(loaded, weight, sum_);
     }
   }
 
