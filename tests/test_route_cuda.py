@@ -77,7 +77,9 @@ def test_public_op(case, poisoned):
 def test_ids_that_are_no_blocks_count_as_empty(topk, poisoned):
     call = make_call(self_attention([64, 80, 0, 120], 4, 2, 8, 16, topk))
     slots = call.ids.shape[-1]
-    wild = torch.rand(*call.ids.shape[:2], 11).argsort(-1)[..., :slots].int() - 3
+    wild = torch.randint(-3, 8, call.ids.shape, dtype=torch.int32)
+    if slots >= 4:  # each at most once: the order of equal ones in a row is left open there
+        wild = torch.rand(*call.ids.shape[:2], 11).argsort(-1)[..., :slots].int() - 3
     wild[::7] = 2**31 - 1
     wild[3::7] = -(2**31)
     call = call._replace(ids=wild)

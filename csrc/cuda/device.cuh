@@ -24,6 +24,13 @@ __device__ T from_float(float x) {
   }
 }
 
+// 2^x; 0 where that would be denormal.
+inline __device__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T element[kWidth];

@@ -83,7 +83,8 @@ struct Routes {
 int64_t route_workspace(const Problem& problem, const Group& group);
 
 // ids [Tq, Hq, K], local to the sequence, -1 where a slot is empty -> routes. An id that is not a
-// block of its sequence counts as empty, and so do all of them when cu_seqlens are invalid.
+// block of its sequence counts as empty, and so do all of them when cu_seqlens are invalid. The
+// same block twice for a row, which gate_topk never says, may leave these two in either order.
 cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
                   const Routes& routes, int32_t* workspace, cudaStream_t stream);
 

@@ -251,12 +251,6 @@ inline __device__ uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor >> 32 << 32 | low;
 }
 
-// 2^x; 0 where that would be denormal.
-inline __device__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
 // Errors of 2^-22 or an ulp.
 inline __device__ float log2_fast(float x) {
   float result;
