@@ -56,9 +56,10 @@ def test_kinds_of_inputs(kind, block_size, topk):
 
 
 @pytest.mark.parametrize("scale", [-0.07, 0.0, 1.5])
+@pytest.mark.parametrize("block_size", [64, 192])
 @pytest.mark.parametrize("backend", ["flash", "sm90"])
-def test_scales(backend, scale):
-    case = self_attention(1000, 4, 2, 64, 64, 4)
+def test_scales(backend, block_size, scale):
+    case = self_attention(1000, 4, 2, 64, block_size, 4)
     inputs = random_inputs(case, torch.bfloat16)
     flash_checks.check(case, inputs, softmax_scale=scale, backend=backend)
 

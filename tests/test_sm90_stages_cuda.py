@@ -339,6 +339,21 @@ def test_groups_and_short_segments(case, poisoned):
             Attended(call, group, inputs, 0.2, rows).check()
 
 
+# By how much, in nats, the scores of a tile of keys are above those of the one before: four tiles,
+# two, and one stay within what a maximum may be behind, 5.5 nats.
+@pytest.mark.parametrize("step", [1.0, 4.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_rise_within_a_block(dtype, step, poisoned):
+    scale, block_size = 0.125, 4 * groups.KEY_TILE
+    call = make_call(self_attention([2100, 900], 4, 2, 128, block_size, 3))
+    for group in call.groups():
+        q, k, v = stage_inputs(call, dtype)
+        token = torch.cat([torch.arange(n, device=DEVICE) for n in call.case.lengths_k])
+        tile = token % block_size // groups.KEY_TILE
+        q[..., 0], k[..., 0] = 1.0, (tile * step / scale)[:, None]
+        Attended(call, group, [q, k, v], scale).check()
+
+
 def backward_inputs(call: Call, dtype: torch.dtype) -> list[torch.Tensor]:
     """dout, q, k, v, lse_log2, delta: the last two as if they were of rows with more keys."""
     q, k, v = stage_inputs(call, dtype)

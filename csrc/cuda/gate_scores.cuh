@@ -25,12 +25,18 @@ constexpr int kTileBlocks = 64;
 constexpr int kChunkBlocks = 32;
 constexpr int kLaneBlocks = kChunkBlocks / 4;  // columns of a chunk that a lane holds
 
-// Centroids of the past blocks of one sequence and KV head.
+// Centroids of the past blocks of one sequence and KV head: [blocks, D].
 template <typename T>
 struct Centroids {
-  const T* data;  // [blocks, D]
-  int stride;     // elements from a block to the next
+  const T* data;
+  uint32_t stride;  // bytes from a block to the next
   int blocks;
+
+  __device__ const T* block(int i) const { return after(data, i); }
+  __device__ const T* after(const T* from, int steps) const {
+    const uint64_t bytes = uint64_t{static_cast<uint32_t>(steps)} * stride;
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
+  }
 };
 
 inline __device__ void copy_async(uint32_t to_shared, const void* from, bool valid) {
@@ -100,15 +106,14 @@ struct Scorer {
                                int head_dim) {
     constexpr int kRowStep = kGateThreads / kVectors;
     const int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
-    const T* from = centroids.data + int64_t{first + row} * centroids.stride + vector * 8;
+    const T* const from = centroids.block(first + row) + vector * 8;
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stage)) +
                         (row * kVectors + (vector ^ (row % 2 * 4))) * 16;
     const int rows = vector * 8 < head_dim ? centroids.blocks - first - row : 0;
     static_assert(kRowStep % 2 == 0, "a thread's rows are all even or all odd");
 #pragma unroll
     for (int step = 0; step < kTileBlocks; step += kRowStep) {
-      copy_async(to + step * kVectors * 16, from, step < rows);
-      from += int64_t{kRowStep} * centroids.stride;
+      copy_async(to + step * kVectors * 16, centroids.after(from, step), step < rows);
     }
   }
 
@@ -217,8 +222,7 @@ struct Scorer<float, kDim> {
       for (int i = 0; i < kRowGroups; ++i) row[i] = load_q_vector(i, k);
 #pragma unroll
       for (int b = 0; b < kLaneBlocks; ++b) {
-        const int64_t block = min(column + b, centroids.blocks - 1);
-        const auto c = load<float4>(centroids.data + block * centroids.stride + k);
+        const auto c = load<float4>(centroids.block(min(column + b, centroids.blocks - 1)) + k);
 #pragma unroll
         for (int i = 0; i < kRowGroups; ++i) {
           s[i][b] = fmaf(row[i].x, c.x, s[i][b]);

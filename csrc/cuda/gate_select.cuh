@@ -6,7 +6,8 @@
 //   worst()           the key that a candidate must reach; kEmptyKey while there is room
 //   insert(key, id)   of any candidate; drops the worst entry or the candidate. Nothing happens
 //                     for kNoKey
-//   store(...)        ids ascending, then -1, with their scores, then -inf
+//   store(...)        ids ascending, then -1, with their scores, then -inf; if kStaged, at most
+//                     kSlots of them, and to shared memory
 //   kth_best(K, from) if kGroups > 0: the K-th largest of kGroups floats, none of them NaN
 #pragma once
 
@@ -38,6 +39,22 @@ inline __device__ void replace(int32_t& x, int32_t y, bool by) {
       : "r"(y), "r"(static_cast<uint32_t>(by)), "r"(blockDim.y));
 }
 
+// Odd-even merge sort of kCount entries: order(i, j) puts entries i < j in order.
+template <int kCount, int kSize = 1, int kStep = kSize, typename Order>
+__device__ void merge_sort(const Order& order) {
+#pragma unroll
+  for (int i = kStep % kSize; i + kStep < kCount; ++i) {
+    if ((i - kStep % kSize) / kStep % 2 == 0 && i / (2 * kSize) == (i + kStep) / (2 * kSize)) {
+      order(i, i + kStep);
+    }
+  }
+  if constexpr (kStep > 1) {
+    merge_sort<kCount, kSize, kStep / 2>(order);
+  } else if constexpr (2 * kSize < kCount) {
+    merge_sort<kCount, 2 * kSize>(order);
+  }
+}
+
 // Where a row's results go. scores may be null.
 struct RowOutput {
   int32_t* ids;   // [K]
@@ -45,12 +62,14 @@ struct RowOutput {
 };
 
 // In registers, best first. With K < kSlots the first kSlots - K entries are out of use.
-template <int kSlots>
+template <int kMaxSlots>
 class List {
  public:
+  static constexpr int kSlots = kMaxSlots;
   static constexpr int kThreadBlocks = kSlots <= 8 ? 3 : 2;  // per SM, for the register budget
   static constexpr int kGroups = kSlots <= 8 ? 16 : 32;
   static constexpr int kRowBytes = 0;
+  static constexpr bool kStaged = true;
 
   __device__ List(int slots, int64_t*, const RowOutput&) {
 #pragma unroll
@@ -79,23 +98,33 @@ class List {
   }
 
   static __device__ float kth_best(int slots, const float* from) {
-    float best[kSlots];
+    float x[kGroups];
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) best[i] = i < kSlots - slots ? INFINITY : -INFINITY;
-#pragma unroll 1
-    for (int j = 0; j < kGroups; j += 2) {
-      const auto two = *reinterpret_cast<const float2*>(from + j);
-      for (const float x : {two.x, two.y}) {
-#pragma unroll
-        for (int i = kSlots - 1; i > 0; --i) best[i] = fmaxf(best[i], fminf(best[i - 1], x));
-        best[0] = fmaxf(best[0], x);
-      }
+    for (int i = 0; i < kGroups; i += 2) {
+      const auto two = *reinterpret_cast<const float2*>(from + i);
+      x[i] = two.x;
+      x[i + 1] = two.y;
     }
-    return best[kSlots - 1];
+    merge_sort<kGroups>([&](int i, int j) {
+      const float more = fmaxf(x[i], x[j]);
+      x[j] = fminf(x[i], x[j]);
+      x[i] = more;
+    });
+    float kth = x[0];  // as a minimum: x[slots - 1] would be put into local memory
+#pragma unroll
+    for (int i = 1; i < kSlots; ++i) kth = i < slots ? fminf(kth, x[i]) : kth;
+    return kth;
   }
 
   __device__ void store(int slots, const RowOutput& to) {
-    sort();
+    merge_sort<kSlots>([&](int i, int j) {  // by id; -1 comes last
+      const bool swap = static_cast<uint32_t>(id_[i]) > static_cast<uint32_t>(id_[j]);
+      const int32_t id = id_[i], key = key_[i];
+      id_[i] = swap ? id_[j] : id;
+      id_[j] = swap ? id : id_[j];
+      key_[i] = swap ? key_[j] : key;
+      key_[j] = swap ? key : key_[j];
+    });
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (i < slots) {
@@ -106,29 +135,6 @@ class List {
   }
 
  private:
-  // Odd-even merge sort by id; -1 comes last.
-  __device__ void sort() {
-#pragma unroll
-    for (int size = 1; size < kSlots; size *= 2) {
-#pragma unroll
-      for (int step = size; step > 0; step /= 2) {
-#pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          if (i + step < kSlots && i >= step % size && (i - step % size) / step % 2 == 0 &&
-              i / (2 * size) == (i + step) / (2 * size)) {
-            const int j = i + step;
-            const bool swap = static_cast<uint32_t>(id_[i]) > static_cast<uint32_t>(id_[j]);
-            const int32_t id = id_[i], key = key_[i];
-            id_[i] = swap ? id_[j] : id;
-            id_[j] = swap ? id : id_[j];
-            key_[i] = swap ? key_[j] : key;
-            key_[j] = swap ? key : key_[j];
-          }
-        }
-      }
-    }
-  }
-
   int32_t key_[kSlots], id_[kSlots];
 };
 
@@ -182,6 +188,7 @@ class Heap {
   static constexpr int kThreadBlocks = 2;
   static constexpr int kGroups = 0;
   static constexpr int kRowBytes = Entries::kRowBytes;
+  static constexpr bool kStaged = false;
 
   __device__ Heap(int slots, int64_t* heap, const RowOutput& to)
       : entries_(heap, to), slots_(slots) {}

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "cuda/divisor.h"
 #include "cuda/gate_scores.cuh"
 #include "cuda/gate_select.cuh"
 #include "cuda/sm90/gate_scores.cuh"
@@ -66,34 +67,47 @@ struct Shared {
   static constexpr int kRowTable = kScores + kRows * kPitch * 4;
   static constexpr int kHeap = kRowTable + kRows * static_cast<int>(sizeof(Row));
 
-  // q passes through the buffer for scores.
+  // q passes through the buffer for scores, aligned to its rows of up to 256 bytes.
   static_assert(!S::kTogether || S::kQBytes <= kWarpRows * kPitch * 4);
+  static_assert(!S::kTogether || (kScores % 256 == 0 && kWarpRows * kPitch * 4 % 256 == 0));
 
   static int64_t bytes(int64_t slots) { return kHeap + slots * kRows * Best::kRowBytes; }
+};
+
+// What the kernel divides by. The compiler's way took a tenth of its samples in row B.
+struct Divisors {
+  Divisor heads_k, group, block_size;
+
+  explicit Divisors(const Problem& problem)
+      : heads_k(static_cast<uint32_t>(problem.heads_k)),
+        group(static_cast<uint32_t>(problem.group())),
+        block_size(static_cast<uint32_t>(std::min<int64_t>(problem.block_size, INT32_MAX))) {}
 };
 
 // The rows of one thread block.
 struct RowTile {
   int64_t first_query;
-  int first_member;  // query head within the group, of the first row
-  int group;
+  uint32_t first_member;  // query head within the group, of the first row
+  Divisor group;
   int count;
-  int head_k;
+  uint32_t head_k;
 
   __device__ int64_t query(int row) const { return first_query + (first_member + row) / group; }
   __device__ int64_t head(int row) const {
-    return int64_t{head_k} * group + (first_member + row) % group;
+    const uint32_t member = first_member + row;
+    return int64_t{head_k} * group + (member - member / group * group);
   }
 };
 
-__device__ RowTile row_tile(const Problem& problem, int rows_per_tile) {
-  const int64_t group = problem.heads_q / problem.heads_k, rows = problem.tokens_q * group;
-  const int64_t last = (rows - 1) / rows_per_tile;
-  const int64_t first = (last - blockIdx.x / problem.heads_k) * rows_per_tile;
+template <int kRows>
+__device__ RowTile row_tile(const Problem& problem, const Divisors& by) {
+  const uint32_t tile = (gridDim.x - 1 - blockIdx.x) / by.heads_k;  // of each KV head
+  const uint32_t groups = tile / by.group, row = (tile - groups * by.group) * kRows;
+  const int64_t left = problem.tokens_q * by.group - int64_t{tile} * kRows;
   // The shuffle tells the compiler that all lanes have the same count: a register less.
-  return {first / group, static_cast<int>(first % group), static_cast<int>(group),
-          __shfl_sync(kAllLanes, static_cast<int>(min(rows - first, int64_t{rows_per_tile})), 0),
-          static_cast<int>(blockIdx.x % problem.heads_k)};
+  return {int64_t{groups} * kRows + row / by.group, row - row / by.group * by.group, by.group,
+          __shfl_sync(kAllLanes, static_cast<int>(min(left, int64_t{kRows})), 0),
+          gridDim.x - 1 - blockIdx.x - tile * by.heads_k};
 }
 
 __device__ int64_t output_of(const Problem& problem, const RowTile& tile, int row) {
@@ -104,20 +118,29 @@ __device__ RowOutput row_output(const GateTopkParams& params, int64_t output) {
   return {params.ids + output, params.scores == nullptr ? nullptr : params.scores + output};
 }
 
-__device__ Row find_row(const Problem& problem, const RowTile& tile, int row) {
-  const int64_t query = tile.query(row);
-  int64_t low = 0, high = problem.batch;  // the last sequence that begins at or before the query
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (problem.cu_seqlens_q[middle] <= query ? low : high) = middle;
+// The sequence of a query.
+struct Sequence {
+  int64_t end_q, keys, first_block;
+
+  __device__ Sequence(const Problem& problem, int64_t query) {
+    int64_t low = 0, high = problem.batch;  // the last that begins at or before the query
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (problem.cu_seqlens_q[middle] <= query ? low : high) = middle;
+    }
+    end_q = problem.cu_seqlens_q[low + 1];
+    keys = problem.cu_seqlens_k[low + 1] - problem.cu_seqlens_k[low];
+    first_block = problem.cu_blocks[low];
   }
-  const int64_t end_q = problem.cu_seqlens_q[low + 1];
-  const int64_t keys = problem.cu_seqlens_k[low + 1] - problem.cu_seqlens_k[low];
-  const int64_t position = keys - (end_q - query);
-  const int64_t rows_left = (end_q - tile.first_query) * tile.group - tile.first_member;
+};
+
+__device__ Row row_of(const Problem& problem, const Divisors& by, const RowTile& tile, int row,
+                      const Sequence& sequence) {
+  const int64_t position = sequence.keys - (sequence.end_q - tile.query(row));
+  const int64_t rows_left = (sequence.end_q - tile.first_query) * by.group - tile.first_member;
   return {output_of(problem, tile, row),
-          (problem.cu_blocks[low] * problem.heads_k + tile.head_k) * problem.head_dim,
-          position < 0 ? 0 : static_cast<int>(position / problem.block_size),
+          (sequence.first_block * problem.heads_k + tile.head_k) * problem.head_dim,
+          position < 0 ? 0 : static_cast<int>(static_cast<uint32_t>(position) / by.block_size),
           static_cast<int>(min(rows_left, int64_t{tile.count}))};
 }
 
@@ -185,6 +208,7 @@ class Selector {
   __device__ void bound(const S& scorer, const char* stages, const Centroids<T>& centroids,
                         int first, int slots, int head_dim) {
     if constexpr (Best::kGroups > 0) {
+      const int least = __reduce_min_sync(kAllLanes, owner() ? past_ : INT_MAX);
       float best[kRowGroups][Best::kGroups / 4];
 #pragma unroll
       for (int i = 0; i < kRowGroups; ++i) {
@@ -193,8 +217,14 @@ class Selector {
 #pragma unroll 1
       for (int tile = 0; tile < kBoundTiles && tile * kTileBlocks <= first; ++tile) {
         const char* const stage = stages + tile * S::kStageBytes;
-        maxima<0>(scorer, stage, centroids, first - tile * kTileBlocks, head_dim, best);
-        maxima<1>(scorer, stage, centroids, first - tile * kTileBlocks, head_dim, best);
+        const int tile_first = first - tile * kTileBlocks;
+        if (tile_first + kTileBlocks <= least) {
+          maxima<0, true>(scorer, stage, centroids, tile_first, head_dim, best);
+          maxima<1, true>(scorer, stage, centroids, tile_first, head_dim, best);
+        } else {
+          maxima<0, false>(scorer, stage, centroids, tile_first, head_dim, best);
+          maxima<1, false>(scorer, stage, centroids, tile_first, head_dim, best);
+        }
       }
       float* const to = buffer_ + lane() / 4 * kPitch + lane() % 4 * (Best::kGroups / 4);
 #pragma unroll
@@ -257,7 +287,8 @@ class Selector {
     return count <= 0 ? 0 : ~uint32_t{0} << (32 - min(count, 32));
   }
 
-  template <int kPart, typename T, int kLaneGroups>
+  // kWhole: the blocks are past for all rows of the warp.
+  template <int kPart, bool kWhole, typename T, int kLaneGroups>
   __device__ void maxima(const S& scorer, const char* stage, const Centroids<T>& centroids,
                          int first, int head_dim, float (&best)[kRowGroups][kLaneGroups]) const {
     if (!wanted<kPart>(centroids, first)) return;
@@ -271,7 +302,7 @@ class Selector {
 #pragma unroll
       for (int b = 0; b < kLaneBlocks; ++b) {
         float& x = best[i][b % kLaneGroups];
-        x = fmaxf(x, b < count ? s[unit][b] : -INFINITY);
+        x = fmaxf(x, kWhole || b < count ? s[unit][b] : -INFINITY);
       }
     }
   }
@@ -287,12 +318,15 @@ class Selector {
     for (int unit = 0; unit < S::kUnits; ++unit) {
       const int i = S::row_group(kPart, unit), chunk = S::chunk(kPart, unit);
       const float offset = __shfl_sync(kAllLanes, offset_, i * 8 + g);
-      float marks = 0x1p15f;  // 2^23 after 8 doublings: bits as those of an integer
+      // 2^23: bits as those of an integer. Two sums, so that half as many wait for each other.
+      float marks[2] = {0x1p23f, 0.0f};
 #pragma unroll
       for (int b = 0; b < kLaneBlocks; ++b) {
-        marks = fmaf(marks, 2.0f, saturated(s[unit][b], 0x1p64f, offset));
+        float& sum = marks[b % 2];
+        sum = fmaf(saturated(s[unit][b], 0x1p64f, offset), 0x80 >> b, sum);
       }
-      masks[(chunk * kWarpRows + i * 8) * 4] = static_cast<uint8_t>(__float_as_uint(marks));
+      masks[(chunk * kWarpRows + i * 8) * 4] =
+          static_cast<uint8_t>(__float_as_uint(marks[0] + marks[1]));
       store(s[unit], buffer + i * 8 * kPitch + chunk * kChunkBlocks);
     }
   }
@@ -331,6 +365,7 @@ class Selector {
     };
     int turns = __reduce_max_sync(kAllLanes, __popc(high) + __popc(low));
     advance();
+#pragma unroll 1  // two turns at a time want a third for an odd one: 3 % of row C
     for (; turns > 0; --turns) {
       const int32_t key = marked ? key_of(score) : kNoKey, id = first + column;
       advance();
@@ -346,22 +381,55 @@ class Selector {
   float bound_ = -INFINITY, offset_ = 0.0f;
 };
 
+// Results of a warp's rows, one per lane. Those of lists pass through the warp's buffer, so that
+// neighbouring lanes store neighbouring elements: stores of a row per lane, to as many sectors as
+// lanes, were a seventh of row B's samples.
+template <int kWarpRows, typename Best>
+__device__ void store_rows(const GateTopkParams& params, const Row* rows, int count, float* buffer,
+                           Best& best) {
+  const int lane = threadIdx.x % 32, slots = static_cast<int>(params.problem.slots);
+  if constexpr (!Best::kStaged) {
+    if (lane < min(count, kWarpRows)) best.store(slots, row_output(params, rows[lane].output));
+  } else {
+    static_assert(2 * kMaxListSlots <= kPitch, "the buffer holds ids and scores");
+    int32_t* const ids = reinterpret_cast<int32_t*>(buffer);
+    float* const scores = buffer + kWarpRows * slots;
+    if (lane < kWarpRows) {
+      float* const of_lane = params.scores == nullptr ? nullptr : scores + lane * slots;
+      best.store(slots, {ids + lane * slots, of_lane});
+    }
+    __syncwarp();
+    const int elements = min(count, kWarpRows) * slots;
+    const uint32_t per_row = (1 << 16) / slots + 1;  // exact: elements * slots <= 2^15
+#pragma unroll
+    for (int turn = 0; turn < (kWarpRows * Best::kSlots + 31) / 32; ++turn) {
+      if (turn * 32 >= elements) break;
+      const int i = min(turn * 32 + lane, elements - 1), row = i * per_row >> 16;
+      const int64_t to = rows[row].output + (i - row * slots);
+      params.ids[to] = ids[i];
+      if (params.scores != nullptr) params.scores[to] = scores[i];
+    }
+  }
+}
+
 template <typename T, int kDim, typename Best>
 __global__ void __launch_bounds__(kGateThreads,
                                   ArchScorer<T, kDim>::kTogether ? Best::kThreadBlocks : 2)
-    gate_topk_kernel(GateTopkParams params, bool aligned_q) {
+    gate_topk_kernel(GateTopkParams params, Divisors by, bool aligned_q) {
   using S = ArchScorer<T, kDim>;
   using Layout = Shared<S, Best>;
   extern __shared__ __align__(1024) char shared[];  // as the widest swizzle wants it
   Row* const rows = reinterpret_cast<Row*>(shared + Layout::kRowTable);
   const Problem& problem = params.problem;
   const int head_dim = static_cast<int>(problem.head_dim);
-  const RowTile tile = row_tile(problem, Layout::kRows);
+  const RowTile tile = row_tile<Layout::kRows>(problem, by);
 
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * Layout::kWarpRows;
   const int own_row = warp_row + lane;
   const bool owner = lane < Layout::kWarpRows && own_row < tile.count;
-  // On its way while the sequences are looked up: blocks are few where rows are many.
+  // Asked for before q, and looked at behind it.
+  const bool invalid = problem.cu_blocks[0] != 0;
+  const Sequence sequence(problem, tile.query(min(own_row, tile.count - 1)));
   char* const staging = shared + Layout::kScores + warp_row * kPitch * 4;
   S scorer;
   scorer.start_q(
@@ -372,11 +440,11 @@ __global__ void __launch_bounds__(kGateThreads,
                tile.head(row) * params.q.head_stride;
       },
       head_dim, aligned_q, staging);
-  if (problem.cu_blocks[0] != 0) {
+  if (invalid) {
     if (owner) store_invalid(row_output(params, output_of(problem, tile, own_row)), problem.slots);
     return;
   }
-  if (owner) rows[own_row] = find_row(problem, tile, own_row);
+  if (owner) rows[own_row] = row_of(problem, by, tile, own_row, sequence);
   scorer.finish_q(aligned_q, staging);
   Best best(static_cast<int>(problem.slots),
             reinterpret_cast<int64_t*>(shared + Layout::kHeap) + own_row,
@@ -389,7 +457,8 @@ __global__ void __launch_bounds__(kGateThreads,
     const int blocks = rows[end - 1].past;  // positions ascend: the most in this sequence
     if (blocks == 0) continue;
     const Centroids<T> centroids{static_cast<const T*>(params.kbar) + rows[begin].centroids,
-                                 static_cast<int>(problem.heads_k * problem.head_dim), blocks};
+                                 static_cast<uint32_t>(problem.heads_k * head_dim * sizeof(T)),
+                                 blocks};
     const int newest = (blocks - 1) / kTileBlocks * kTileBlocks;
     for (int i = 0; i < kBoundTiles && newest >= i * kTileBlocks; ++i) {
       S::fetch(shared + i * S::kStageBytes, centroids, newest - i * kTileBlocks, head_dim);
@@ -415,9 +484,8 @@ __global__ void __launch_bounds__(kGateThreads,
     }
     __syncthreads();  // before the next sequence takes the stages
   }
-  if (owner) {
-    best.store(static_cast<int>(problem.slots), row_output(params, rows[own_row].output));
-  }
+  store_rows<Layout::kWarpRows>(params, rows + warp_row, tile.count - warp_row,
+                                reinterpret_cast<float*>(staging), best);
 }
 
 // most_bytes: of dynamic shared memory in any call, if calls differ; another thread may be about to
@@ -441,7 +509,8 @@ cudaError_t launch(const GateTopkParams& params, cudaStream_t stream, int most_b
                                  cudaSharedmemCarveoutMaxShared);
   }
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(grid), kGateThreads, bytes, stream>>>(params, aligned_q);
+  kernel<<<static_cast<unsigned>(grid), kGateThreads, bytes, stream>>>(params, Divisors(problem),
+                                                                       aligned_q);
   return cudaGetLastError();
 }
 

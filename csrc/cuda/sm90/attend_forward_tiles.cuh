@@ -1,8 +1,9 @@
 // attend_forward of blocks of more keys than a tile, which pass by, kKeys at a time.
 //
 // Grid: persistent thread blocks, which take segments as they become free, to read the same keys at
-// the same time. Two warp groups have 64 rows of the segment each and compute; of a third, a warp
-// looks up what comes next, one for each consumer gathers its rows of q, and one copies k and v.
+// the same time. Two warp groups have 64 rows of the segment each and compute, the second only
+// where there are as many; of a third, a warp looks up what comes next, one for each consumer
+// gathers its rows of q, and one copies k and v.
 // Rings lie between them, one each for q, k and v, with a pair of mbarriers per stage. Results
 // leave through the shared memory that q came in.
 //
@@ -174,7 +175,7 @@ class RowLoader {
   __device__ void run() {
     for (;;) {
       const Work work = take_work<Layout>(shared_, q_);
-      if (work.rows > 0) load(work);
+      if (work.rows > consumer_ * 64) load(work);
       arrive(q_.full_barrier());
       if (work.rows == 0) return;
       q_.advance();
@@ -275,33 +276,60 @@ class Consumer {
 
   __device__ void run() {
     Work item = next_item();
-    if (item.rows == 0) return;
-    int tile = 0;
-    step<true, true>(item, tile);
-    for (;;) {
-      if (++tile == item.tiles) {
-        tile = 0;
-        q_.advance();
+    while (item.rows > 0) {
+      if (!mine(item)) {
+        pass(item);
         item = next_item();
-        if (item.rows == 0) break;
+        continue;
       }
-      if ((tile + 1) * kKeys > item.seen) {
-        step<false, true>(item, tile);
-      } else {
-        step<false, false>(item, tile);
+      int tile = 0;
+      step<true, true>(item, tile);
+      for (;;) {
+        if (++tile == item.tiles) {
+          tile = 0;
+          q_.advance();
+          item = next_item();
+          if (!mine(item)) break;
+        }
+        if ((tile + 1) * kKeys > item.seen) {
+          step<false, true>(item, tile);
+        } else {
+          step<false, false>(item, tile);
+        }
       }
+      release(Layout::kKEmpty + k_.stage() * 8);
+      k_.advance();
+      v_.advance();
+      wait_values();
+      values();
+      wait_wgmma<0>();
+      hold(out_);
+      release(Layout::kVEmpty + before_.v_stage * 8);
+      store(max_, sum_);
     }
-    wait_values();
-    values();
-    wait_wgmma<0>();
-    hold(out_);
-    store(max_, sum_);
   }
 
  private:
   __device__ Work next_item() {
     wait(q_.full_barrier(), q_.parity());
     return take_work<Layout>(shared_, q_);
+  }
+
+  // Whether the consumer has rows of it; not if there is no more work.
+  __device__ bool mine(const Work& item) const { return item.rows > index_ * 64; }
+
+  // Leaves an item to the other consumer, who is faster alone.
+  __device__ void pass(const Work& item) {
+    for (int tile = 0; tile < item.tiles; ++tile) {
+      wait(k_.full_barrier(), k_.parity());
+      release(Layout::kKEmpty + k_.stage() * 8);
+      k_.advance();
+      wait(v_.full_barrier(), v_.parity());
+      release(Layout::kVEmpty + v_.stage() * 8);
+      v_.advance();
+    }
+    release(Layout::kQEmpty + q_.stage() * 8);
+    q_.advance();
   }
 
   // What the product with v of a step needs, which comes with the next one's.
@@ -333,7 +361,7 @@ class Consumer {
     const float max[2] = {max_[0], max_[1]}, sum[2] = {sum_[0], sum_[1]};
     float factor[2];
     if constexpr (kMasked) mask(item, tile);
-    softmax(tile, factor);
+    const bool grown = softmax(tile, factor);
     // ptxas would put the wait for the other product before the exponentials; not before a barrier
     // whose number they decide. Sums are not negative.
     sync_warp_group(1 + index_ + (sum_[0] + sum_[1] < 0.0f ? kConsumers : 0));
@@ -343,7 +371,7 @@ class Consumer {
       release(Layout::kVEmpty + before_.v_stage * 8);
       if (tile == 0) store(max, sum);
     }
-    if (tile > 0) rescale(factor);
+    if (tile > 0 && __any_sync(~0u, grown)) rescale(factor);
     pack_weights();
     before_ = {tile > 0, v_.stage(), v_.parity(), q_.stage(), item.row, item.rows};
   }
@@ -361,10 +389,13 @@ class Consumer {
     commit_wgmma();
   }
 
-  // S -> P = exp2(S - max) in its place, with sums and maxima of the two rows of a thread. factor:
-  // of what was summed with the maximum before. kChains results side by side hide the latency that
-  // two warps per scheduler can't.
-  __device__ void softmax(int tile, float (&factor)[2]) {
+  // S -> P = exp2(S - max) in its place, with sums of the two rows of a thread, kChains results
+  // side by side to hide the latency that two warps per scheduler can't. What was summed before
+  // counts `factor` times, 1 unless this returns true: max stays until a score is above it by more
+  // than a factor of 2^kSlack, for which P of all types has room. 3 % of row F's attend, 4 of G's.
+  __device__ bool softmax(int tile, float (&factor)[2]) {
+    constexpr float kSlack = 8.0f;
+    bool any = false;
     constexpr int kChains = 4;
     float most[2][kChains], sum[2][kChains], shift[2];
 #pragma unroll
@@ -378,10 +409,12 @@ class Consumer {
       float max = fmaxf(fmaxf(most[half][0], most[half][1]), fmaxf(most[half][2], most[half][3]));
       max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
       max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
-      max = fmaxf(max, tile > 0 ? max_[half] : -INFINITY);
+      const bool grown = tile == 0 || (max - max_[half]) * params_.scale_log2 > kSlack;
+      max = grown ? max : max_[half];
       shift[half] = max == -INFINITY ? 0.0f : max * params_.scale_log2;
-      factor[half] = exp2_fast(max_[half] * params_.scale_log2 - shift[half]);
+      factor[half] = grown ? exp2_fast(max_[half] * params_.scale_log2 - shift[half]) : 1.0f;
       max_[half] = max;
+      any |= grown;
     }
 #pragma unroll
     for (int i = 0; i < kKeys / 2; i += 2) {
@@ -398,6 +431,7 @@ class Consumer {
       total += __shfl_xor_sync(~0u, total, 2);
       sum_[half] = tile == 0 ? total : sum_[half] * factor[half] + total;
     }
+    return any;
   }
 
   // Keys beyond the block, or after an own block's query, count for nothing.

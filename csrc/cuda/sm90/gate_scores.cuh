@@ -26,9 +26,10 @@ struct GateScorer {
 
   uint32_t q[kProducts][kSteps][4];
 
-  // row(r): first element of the warp's row r. staging: kQBytes of the warp's, until finish_q. By
-  // way of it, with the vectors of 16 bytes of a row swapped by its number: 64 loads of 4 bytes
-  // from a thread's own rows took a quarter of the gate's time where blocks are few.
+  // row(r): first element of the warp's row r. staging: kQBytes of the warp's, aligned to a row's,
+  // until finish_q. By way of it, with the vectors of 16 bytes of a row swapped by its number: 64
+  // loads of 4 bytes from a thread's own rows took a quarter of the gate's time where blocks are
+  // few.
   template <typename Row>
   __device__ void start_q(const Row& row, int head_dim, bool aligned, char* staging) {
     if (aligned) {
@@ -41,15 +42,15 @@ struct GateScorer {
   __device__ void finish_q(bool aligned, const char* staging) {
     if (!aligned) return;
     const int lane = threadIdx.x % 32;
-    const uint32_t from = shared_address(staging) + lane % 16 * kRowBytes;
+    const uint32_t from =
+        shared_address(staging) + lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
     cuda::wait_copies();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        load_matrices(q[i][step],
-                      from + i * 16 * kRowBytes + ((step * 2 + lane / 16) ^ lane % 8) * 16);
+        load_matrices(q[i][step], (from ^ step * 32) + i * 16 * kRowBytes);
       }
     }
   }
@@ -61,16 +62,18 @@ struct GateScorer {
                                int head_dim) {
     static_assert(kTileBlocks == 64 && kChunkBlocks == 32);
     constexpr int kGroups = kGateThreads / kVectors / 8;  // of 8 rows that are copied at a time
-    const int thread = fresh_thread_index(), vector = thread % kVectors, row = thread / kVectors;
-    const int column = row % 8, block = column / 2 * 8 + column % 2 + row / 8 * 2;
-    const T* const from = centroids.data + int64_t{first + block} * centroids.stride + vector * 8;
+    const uint32_t thread = fresh_thread_index(), vector = thread % kVectors;
+    const uint32_t row = thread / kVectors, column = row % 8;
+    const int block = column / 2 * 8 + column % 2 + row / 8 * 2;
+    const T* const from = centroids.block(first + block) + vector * 8;
     const uint32_t to = shared_address(stage) + vector / 8 * kTileBlocks * 128 + row * 128 +
                         (vector % 8 ^ column) * 16;
-    const int blocks = vector * 8 < head_dim ? centroids.blocks - first - block : 0;
+    const int blocks =
+        vector * 8 < static_cast<uint32_t>(head_dim) ? centroids.blocks - first - block : 0;
 #pragma unroll
     for (int group = 0; group < kTileBlocks / 8; group += kGroups) {
       const int step = group % 4 * 2 + group / 4 * kChunkBlocks;
-      cuda::copy_async(to + group * 1024, from + int64_t{step} * centroids.stride, step < blocks);
+      cuda::copy_async(to + group * 1024, centroids.after(from, step), step < blocks);
     }
   }
 
@@ -132,12 +135,12 @@ struct GateScorer {
   __device__ void stage_q(const T* lane_row, int head_dim, uint32_t staging) const {
     constexpr int kAtOnce = 32 / kVectors;  // rows
     static_assert(kRowGroups == 4, "a row per lane");
-    const int lane = threadIdx.x % 32, vector = lane % kVectors;
+    const int lane = threadIdx.x % 32, vector = lane % kVectors, first = lane / kVectors;
+    const uint32_t to = staging + first * kRowBytes + (vector ^ first) * 16;
 #pragma unroll
     for (int i = 0; i < 32; i += kAtOnce) {
-      const int row = i + lane / kVectors;
-      const auto from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(lane_row), row);
-      cuda::copy_async(staging + row * kRowBytes + (vector ^ row % 8) * 16,
+      const auto from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(lane_row), first + i);
+      cuda::copy_async((to ^ i % 8 * 16) + i * kRowBytes,
                        reinterpret_cast<const T*>(from) + vector * 8, vector * 8 < head_dim);
     }
     cuda::commit_copies();
