@@ -345,7 +345,7 @@ def test_groups_and_short_segments(case, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_that_rise_within_a_block(dtype, step, poisoned):
     scale, block_size = 0.125, 4 * groups.KEY_TILE
-    call = make_call(self_attention([2100, 900], 4, 2, 128, block_size, 3))
+    call = make_call(self_attention([1100, 700], 1, 1, 128, block_size, 3))
     for group in call.groups():
         q, k, v = stage_inputs(call, dtype)
         token = torch.cat([torch.arange(n, device=DEVICE) for n in call.case.lengths_k])
