@@ -360,7 +360,7 @@ def _rest_of_lse_grad(dlse: Tensor, like: Tensor) -> LseGrad:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy: FlashAttention loads 16 bytes at a time from every row."""
+    """x, or a copy: FlashAttention and our kernels load 16 bytes at a time from every row."""
     token_stride, head_stride, step = x.stride()
     if step == 1 and token_stride % 8 == head_stride % 8 == 0 and x.data_ptr() % 16 == 0:
         return x

@@ -15,6 +15,7 @@
 // Either way one fixed order of additions, whatever the row's place in the tile.
 #pragma once
 
+#include "cuda/copies.cuh"
 #include "cuda/device.cuh"
 #include "params.h"
 
@@ -38,16 +39,6 @@ struct Centroids {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
   }
 };
-
-inline __device__ void copy_async(uint32_t to_shared, const void* from, bool valid) {
-  // Fewer source bytes than 16: the rest is zero.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-inline __device__ void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // The 2 x 2 scores of a lane are rows lane / 4 and 8 below, columns 2 * (lane % 4) and the next.
 template <typename T>
@@ -107,8 +98,7 @@ struct Scorer {
     constexpr int kRowStep = kGateThreads / kVectors;
     const int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
     const T* const from = centroids.block(first + row) + vector * 8;
-    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(stage)) +
-                        (row * kVectors + (vector ^ (row % 2 * 4))) * 16;
+    const uint32_t to = shared_address(stage) + (row * kVectors + (vector ^ (row % 2 * 4))) * 16;
     const int rows = vector * 8 < head_dim ? centroids.blocks - first - row : 0;
     static_assert(kRowStep % 2 == 0, "a thread's rows are all even or all odd");
 #pragma unroll
@@ -118,7 +108,7 @@ struct Scorer {
   }
 
   // This thread's copies have come in, for all to see after the next barrier.
-  static __device__ void arrived() { wait_copies(); }
+  static __device__ void arrived() { wait_copies<0>(); }
 
   // Of a part: all rows against one chunk.
   static __device__ constexpr int row_group(int, int unit) { return unit; }

@@ -343,8 +343,7 @@ class Selector {
   // c. The load of a score runs ahead of the insertion before it. The warp stays together for as
   // long as its fullest row takes: leaving the loop one by one, or voting in each turn, costs more.
   __device__ void drain(uint32_t high, uint32_t low, int first) {
-    const uint32_t row =
-        static_cast<uint32_t>(__cvta_generic_to_shared(buffer_ + lane() % kWarpRows * kPitch));
+    const uint32_t row = shared_address(buffer_ + lane() % kWarpRows * kPitch);
     uint32_t mask = high != 0 ? high : low;
     uint32_t rest = high != 0 ? low : 0;
     int last = high != 0 ? kTileBlocks - 1 : kChunkBlocks - 1;  // column of the lowest bit

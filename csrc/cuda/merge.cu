@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "cuda/blocks.cuh"
+#include "cuda/copies.cuh"
 #include "cuda/device.cuh"
 #include "cuda/stages.h"
 
@@ -40,18 +41,6 @@ struct MergeArgs : MergeParams {
         query_entries(query_heads * slots),
         head_dim(static_cast<uint32_t>(params.problem.head_dim)) {}
 };
-
-// 16 bytes, or zeros.
-__device__ void copy_vector(uint32_t to_shared, const void* from, bool valid) {
-  asm volatile(
-      "{ .reg .pred p; setp.eq.b32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p; }" ::"r"(
-          to_shared),
-      "l"(from), "r"(static_cast<uint32_t>(valid))
-      : "memory");
-}
-__device__ void copy_float(uint32_t to_shared, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
-}
 
 template <typename T, int kWidth>
 __device__ void add_scaled(const Vector<T, kWidth>& loaded, float scale, float (&sum)[kWidth]) {
@@ -145,7 +134,7 @@ class Merger {
       fetch(ahead, stage == 0 ? kStages - 1 : stage - 1);
       advance(ahead, step);
       find(ahead);
-      wait_copies();
+      wait_copies<kStages - 1>();
       __syncwarp();
       add(memory_ + stage * kStageBytes, now.first == 0);
       __syncwarp();
@@ -192,8 +181,7 @@ class Merger {
 
   // What has no part is zero, with a weight of zero.
   __device__ void fetch(const Cursor& cursor, int stage) {
-    const uint32_t to =
-        static_cast<uint32_t>(__cvta_generic_to_shared(memory_)) + stage * kStageBytes;
+    const uint32_t to = shared_address(memory_) + stage * kStageBytes;
     const uint32_t lane = threadIdx.x % 32, own = args_.slots - cursor.first;
     const uint32_t seeing = __ballot_sync(~0u, sees_keys(cursor.query + lane % kRows));
 #pragma unroll
@@ -210,7 +198,7 @@ class Merger {
 #pragma unroll
         for (int i = 0; i < kVectors; i += kSpan) {
           const char* const at = from + i * 16 + (i < kVectors / 2 ? 0 : second_half(is_own));
-          copy_vector(vector + i * 16, at, i < vectors);
+          copy_async(vector + i * 16, at, i < vectors);
         }
       }
     }
@@ -222,12 +210,12 @@ class Merger {
       if constexpr (kHalves) {
         store_word(beside, is_own ? (own_row_ + at) % 8 : at);
       } else if (is_own || beside_at_ >= 0) {
-        copy_float(beside, (is_own ? own_lse_ : part_lse_) + at);
+        copy_async(beside, (is_own ? own_lse_ : part_lse_) + at);
       } else {
         store_word(beside, __float_as_uint(-INFINITY));
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   }
 
   // Bytes from where a row's second half would be, if it came behind the first, to where it is.
@@ -240,10 +228,6 @@ class Merger {
 
   static __device__ void store_word(uint32_t to_shared, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
-  }
-
-  static __device__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
   }
 
   // Whether a query of the range has keys: none before the first key of its sequence. Queries

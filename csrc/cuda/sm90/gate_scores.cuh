@@ -44,7 +44,7 @@ struct GateScorer {
     const int lane = threadIdx.x % 32;
     const uint32_t from =
         shared_address(staging) + lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
-    cuda::wait_copies();
+    wait_copies<0>();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
@@ -73,13 +73,13 @@ struct GateScorer {
 #pragma unroll
     for (int group = 0; group < kTileBlocks / 8; group += kGroups) {
       const int step = group % 4 * 2 + group / 4 * kChunkBlocks;
-      cuda::copy_async(to + group * 1024, centroids.after(from, step), step < blocks);
+      copy_async(to + group * 1024, centroids.after(from, step), step < blocks);
     }
   }
 
   // This thread's copies have come in, for all to see after the next barrier.
   static __device__ void arrived() {
-    cuda::wait_copies();
+    wait_copies<0>();
     fence_async_proxy();
   }
 
@@ -140,10 +140,10 @@ struct GateScorer {
 #pragma unroll
     for (int i = 0; i < 32; i += kAtOnce) {
       const auto from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(lane_row), first + i);
-      cuda::copy_async((to ^ i % 8 * 16) + i * kRowBytes,
-                       reinterpret_cast<const T*>(from) + vector * 8, vector * 8 < head_dim);
+      copy_async((to ^ i % 8 * 16) + i * kRowBytes, reinterpret_cast<const T*>(from) + vector * 8,
+                 vector * 8 < head_dim);
     }
-    cuda::commit_copies();
+    commit_copies();
   }
 
   template <typename Row>

@@ -1,4 +1,4 @@
-// Hopper's instructions, one per function: asynchronous copies, mbarriers, register budgets, wgmma.
+// Hopper's instructions, one per function: bulk copies, mbarriers, register budgets, wgmma.
 #pragma once
 
 #include <cuda.h>
@@ -8,11 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace moba::cuda::sm90 {
+#include "cuda/copies.cuh"
 
-inline __device__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace moba::cuda::sm90 {
 
 // threadIdx.x, read anew: what follows from it is not computed ahead and kept in registers.
 inline __device__ int fresh_thread_index() {
@@ -21,16 +19,6 @@ inline __device__ int fresh_thread_index() {
   return index;
 }
 
-// 16 bytes, or zeros.
-inline __device__ void copy_async(uint32_t to_shared, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-// 4 bytes.
-inline __device__ void copy_async(uint32_t to_shared, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_shared), "l"(from) : "memory");
-}
 inline __device__ void store_shared(uint32_t to_shared, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
 }
@@ -81,11 +69,6 @@ inline __device__ void store_matrices(uint32_t to_shared, uint32_t x, uint32_t y
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to_shared),
                "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
-}
-inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // What this thread has written to shared memory becomes visible to wgmma and bulk copies.
