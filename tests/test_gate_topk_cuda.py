@@ -359,7 +359,11 @@ def test_arguments_are_checked_before_the_launch():
         ({"tokens": 48}, "kbar must be contiguous .4, heads of k, 64."),
         ({"cu_q": cu.long()}, "cu_seqlens_q must be contiguous int32"),
         ({"cu_k": cu.cpu()}, "cu_seqlens_k must be on the CUDA device of q"),
-        ({"cu_k": cu[:1]}, "cu_seqlens_q and cu_seqlens_k must have the same length, got 2 and 1"),
+        ({"cu_k": cu[:1]}, "cu_seqlens_k must be .* with batch >= 1, has 1 elements"),
+        (
+            {"cu_k": cu[[0, 1, 1]]},
+            "cu_seqlens_q and cu_seqlens_k must have the same length, got 2 and 3",
+        ),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"topk": 0}, "topk must be at least 1, got 0"),
     ):

@@ -58,12 +58,13 @@ inline void check_vector(const Tensor& tensor, const char* name, ScalarType dtyp
              " must be on the CUDA device of the other tensors");
 }
 
-// int32 [batch + 1]; its values stay on the device.
+// int32 [batch + 1], batch >= 1; its values stay on the device.
 inline void check_offsets(const Tensor& cu_seqlens, const char* name, const Tensor& like,
                           const char* like_name) {
   MOBA_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
-                 cu_seqlens.numel() >= 1 && cu_seqlens.is_contiguous(),
-             name, " must be contiguous int32 [batch + 1]");
+                 cu_seqlens.numel() >= 2 && cu_seqlens.is_contiguous(),
+             name, " must be contiguous int32 [batch + 1] with batch >= 1, has ",
+             cu_seqlens.numel(), " elements");
   MOBA_CHECK(cu_seqlens.is_cuda() && cu_seqlens.get_device_index() == like.get_device_index(), name,
              " must be on the CUDA device of ", like_name);
 }
