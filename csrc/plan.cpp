@@ -34,11 +34,13 @@ int64_t num_blocks(int64_t tokens_k, int64_t batch, int64_t block_size) {
 }
 
 RouteTable route_table(int64_t heads, int64_t entries_of_head, int64_t num_blocks) {
-  constexpr int64_t kMinTile = 256, kMostTiles = 8192;  // enough warps for a large GPU
-  const int64_t most = ceil_div(heads * entries_of_head, kMostTiles);
-  const int64_t tile = std::max({num_blocks / 128 * 128, kMinTile, round_up(most, 128)});
+  // Enough tiles for the warps of a large GPU, small enough to be sorted in shared memory.
+  constexpr int64_t kMinTile = 256, kMostTile = 2048, kMostTiles = 8192;
+  const int64_t shared_out = round_up(ceil_div(heads * entries_of_head, kMostTiles), 128);
+  const int64_t least = std::clamp(shared_out, kMinTile, kMostTile);
+  const int64_t tile = std::max(num_blocks / 128 * 128, least);
   const int64_t tiles = ceil_div(entries_of_head, tile);
-  return {tile, tiles, heads * tiles * num_blocks};
+  return {tile, tiles, heads * (tiles + 2) * num_blocks};
 }
 
 int64_t dense_pairs(int64_t queries, int64_t keys) {

@@ -26,9 +26,9 @@ int64_t num_blocks(int64_t tokens_k, int64_t batch, int64_t block_size);
 int64_t attended_pairs(int64_t queries, int64_t keys, int64_t block_size, int64_t topk);
 int64_t dense_pairs(int64_t queries, int64_t keys);
 
-// The CUDA route's table: `tiles` of `tile` entries of a KV head by the blocks. A tile has as many
-// entries as there are blocks, or less than 128 fewer, so the table is at most 1.5 times as large
-// as the entries.
+// The CUDA route's table: `tiles` of `tile` entries of a KV head, or of a range of its queries, by
+// the blocks, and two numbers for each of its lists. A tile has as many entries as there are
+// blocks, or less than 128 fewer, so the table is at most 1.5 times as large as the entries.
 struct RouteTable {
   int64_t tile, tiles;
   int64_t elements;  // int32, of all heads

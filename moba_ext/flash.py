@@ -27,8 +27,9 @@ WORKSPACE_BYTES: int | None = None
 """Bound on what the groups that run at once hold beside inputs and outputs; assign to change it.
 
 None: 1.5 GiB, or 3/8 of what q, k, v, out and in the backward their gradients take, whichever is
-more; sm90, which packs no rows, has 1 GiB or 3/16. At least one KV head and as many queries as fill
-the lists of its blocks are held, which exceeds the bound where the keys alone do.
+more; sm90, which packs no rows, has 1 GiB or 3/16, or 1/4 in a forward that merges rows along. At
+least one KV head and as many queries as fill the lists of its blocks are held, which exceeds the
+bound where the keys alone do.
 """
 
 # The stages in C++ and CUDA.

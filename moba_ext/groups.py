@@ -49,6 +49,8 @@ class Plan(NamedTuple):
     segment_rows: most rows of a segment of a block's list.
     heads_per_group, queries_per_group: what is routed and merged at a time.
     at_once: groups of heads that run at the same time, on two streams.
+    merging: a group has all queries; rows of queries_per_group of a head are merged by the kernel
+        that attends the next ones (the forward of sm90).
     """
 
     dense: bool
@@ -60,6 +62,7 @@ class Plan(NamedTuple):
     heads: int
     queries: int
     at_once: int
+    merging: bool = False
 
     def head_ranges(self) -> list[tuple[int, int]]:
         return varlen.ranges(self.heads, self.heads_per_group)

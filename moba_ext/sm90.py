@@ -7,6 +7,7 @@ FlashAttention's.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from . import _C, flash, groups, varlen
 
 # Offsets are int32, so no sequence is longer, whatever bound the caller gave.
 _LONGEST = 2**31 - 1
+# Parts of a phase, whose rows are merged while the next one is attended: with fewer, thread blocks
+# wait for each other. And the phases in memory at a time.
+PHASE_PARTS = 2**19
+_BUFFERS = 3
+_MERGED_PARTS = 8  # of a row at most (csrc/cuda/sm90/stages.h)
 
 
 def make_plan(*sizes: int, backward: bool) -> groups.Plan:
@@ -22,14 +28,66 @@ def make_plan(*sizes: int, backward: bool) -> groups.Plan:
     own blocks come on top."""
     call = groups.Call(*sizes)
     bound = flash.WORKSPACE_BYTES
-    if bound is None:
-        bound = max(1 << 30, call.tensor_bytes(backward) * 3 // 16)
 
     def fits(entries: int, segments: int) -> bool:
         size = group_bytes(entries, segments, call.block_size, call.head_dim, backward)
-        return size <= bound and segments <= 2**30
+        most = max(1 << 30, call.tensor_bytes(backward) * 3 // 16) if bound is None else bound
+        return size <= most and segments <= 2**30
 
-    return groups.make_plan(call, 4096 if backward else groups.ROW_TILE, fits)
+    plan = groups.make_plan(call, 4096 if backward else groups.ROW_TILE, fits)
+    if backward or plan.slots == 0:
+        return plan
+    return _merging_plan(call, plan, bound) or plan
+
+
+def _merging_plan(call: groups.Call, plan: groups.Plan, bound: int | None) -> groups.Plan | None:
+    """The same with rows merged along, where blocks, parts and the memory allow it."""
+    of_query = call.heads_q // call.heads_k  # rows
+    parts = call.tokens_q * of_query * call.topk  # of a head
+    if call.block_size > groups.KEY_TILE or call.topk > _MERGED_PARTS or parts < PHASE_PARTS // 4:
+        return None
+    # A range of queries copies each block's keys anew: at least for three tiles of rows.
+    lists = call.tokens_k // call.block_size + call.batch
+    rows = 3 * groups.ROW_TILE * lists // plan.slots, PHASE_PARTS // call.topk
+    queries = groups.ceil_div(call.tokens_q, max(call.tokens_q * of_query // max(rows), 1))
+    if bound is None:
+        bound = max(1 << 30, call.tensor_bytes(False) // 4)
+
+    def fits(heads: int) -> bool:
+        sizes = MergingSizes.of(call, heads, queries)
+        most = max(sizes.segments * call.block_size, sizes.entries, sizes.rows)
+        return most < 2**31 and sizes.bytes(call.head_dim) <= bound
+
+    counts = (groups.ceil_div(call.heads_k, sets) for sets in range(1, call.heads_k + 1))
+    heads = next((n for n in counts if fits(n)), None)
+    if heads is None:
+        return None
+    return plan._replace(heads_per_group=heads, queries_per_group=queries, merging=True)
+
+
+class MergingSizes(NamedTuple):
+    """Of a group of heads whose rows are merged along, in ranges of queries."""
+
+    phases: int
+    lists: int
+    entries: int
+    segments: int
+    rows: int  # of the buffers
+
+    @staticmethod
+    def of(call: groups.Call, heads: int, queries: int) -> MergingSizes:
+        of_query = call.heads_q // call.heads_k
+        phases = heads * groups.ceil_div(call.tokens_q, queries)
+        lists = phases * (call.tokens_k // call.block_size + call.batch)
+        own = heads * call.tokens_q * of_query
+        entries = own * (call.topk - 1)
+        segments = 2 * lists + sum(groups.ceil_div(n, groups.ROW_TILE) for n in (own, entries))
+        rows = min(phases, _BUFFERS) * queries * of_query * call.topk
+        return MergingSizes(phases, lists, entries, segments, rows)
+
+    def bytes(self, head_dim: int) -> int:
+        """What the group holds at once: the routing and the buffers."""
+        return self.entries * 2 * 4 + self.rows * (2 * head_dim + 4)
 
 
 def group_bytes(entries: int, segments: int, block_size: int, head_dim: int, backward: bool) -> int:
@@ -74,7 +132,7 @@ def forward(
     return torch.ops.moba.sm90_forward.default(
         *(q, attended_q, k, v, cu_seqlens_q, cu_seqlens_k),
         *(min(max_seqlen_q, _LONGEST), min(max_seqlen_k, _LONGEST), block_size, topk, scale),
-        *(plan.segment_rows, plan.heads_per_group, plan.queries_per_group),
+        *(plan.segment_rows, plan.heads_per_group, plan.queries_per_group, plan.merging),
     )
 
 
@@ -130,13 +188,18 @@ def planned_sizes(**sizes: int) -> dict:
     row, several_tiles = 2 * head_dim, block_size > groups.KEY_TILE
     held = []
     for plan, backward in zip(plans, (False, True)):
-        heads = plan.heads_per_group
+        heads, queries = plan.heads_per_group, plan.queries_per_group
         own_rows, lists, keys = heads * tokens_q * group, heads * num_blocks, heads * call.tokens_k
-        rows_of_head = plan.queries_per_group * group
-        entries, segments = call.counts(heads, plan.queries_per_group, plan.segment_rows)
-        if not backward:  # own blocks have segments of their own
-            segments += lists + groups.ceil_div(heads * rows_of_head, plan.segment_rows)
-        table = _C.route_table(heads, rows_of_head * slots, num_blocks)
+        ranges = 1
+        if plan.merging:
+            phases, lists, entries, segments, rows = MergingSizes.of(call, heads, queries)
+            ranges = phases // heads
+        else:
+            entries, segments = call.counts(heads, queries, plan.segment_rows)
+            rows = entries + own_rows
+            if not backward:  # own blocks have segments of their own
+                segments += lists + groups.ceil_div(heads * queries * group, plan.segment_rows)
+        table = _C.route_table(heads * ranges, queries * group * slots, num_blocks)
         lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1
         routed = [4 * length for length in (*lengths, table)]
         if backward:
@@ -150,14 +213,15 @@ def planned_sizes(**sizes: int) -> dict:
         else:
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
             gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
-            rows = entries + own_rows
-            routed += [rows * row, 4 * rows, 4]
+            routed += [rows * row, 4 * rows, 4 * (2 * phases if plan.merging else 1)]
             held.append(of_call + max(gate, _arrays(*routed)))
+    forward = plans[0]
+    queries = tokens_q if forward.merging else forward.queries_per_group
     return {
         "dense": False,
         "forward_bytes": held[0],
         "backward_bytes": held[1],
-        "heads_per_group": plans[0].heads_per_group,
-        "queries_per_group": plans[0].queries_per_group,
-        "groups": len(plans[0].head_ranges()) * len(plans[0].query_ranges()),
+        "heads_per_group": forward.heads_per_group,
+        "queries_per_group": queries,
+        "groups": len(forward.head_ranges()) * groups.ceil_div(tokens_q, queries),
     }

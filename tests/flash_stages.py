@@ -69,16 +69,21 @@ class Call(NamedTuple):
     def has_keys(self) -> Tensor:
         return reference.query_positions(*self.cu_seqlens)[1] >= 0
 
-    def route(self, group: Group, segment_rows: int, every_list=False, own_first=False):
+    def route(
+        self, group: Group, segment_rows: int, every_list=False, own_first=False, range_queries=0
+    ):
         """entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys."""
         cu_seqlens_q, cu_seqlens_k, cu_blocks = self.sequences
         case = self.case
         return torch.ops.moba.flash_route(
             *(self.ids.to(DEVICE), cu_seqlens_q, cu_blocks, self.tokens_k, case.heads_k),
             *(case.block_size, segment_rows, *group, every_list, own_first, cu_seqlens_k),
+            range_queries,
         )
 
-    def wanted_route(self, group: Group, segment_rows: int, every_list=False, own_first=False):
+    def wanted_route(
+        self, group: Group, segment_rows: int, every_list=False, own_first=False, range_queries=0
+    ):
         """The same, of entries those that are used."""
         cu_blocks = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)
         sequence, _ = reference.query_positions(*self.cu_seqlens)
@@ -89,23 +94,33 @@ class Call(NamedTuple):
             x[None, group.query_begin : group.query_end, None, None] for x in (first, blocks)
         )
         head = head[group.head_begin : group.head_end]
-        lists = head.shape[0] * self.num_blocks
+        queries = torch.arange(group.query_end - group.query_begin)
+        ranges = max(-(-queries.numel() // range_queries), 1) if range_queries else 1
+        query_range = queries // max(range_queries, 1) if range_queries else queries * 0
+        lists = head.shape[0] * ranges * self.num_blocks
         chosen = (ids >= 0) & (ids < blocks)
-        bucket = torch.where(chosen, (first + ids) * head.shape[0] + head, lists).reshape(-1)
+        if range_queries:
+            of_query = head * ranges + query_range[None, :, None, None]
+            bucket = of_query * self.num_blocks + first + ids
+        else:
+            bucket = (first + ids) * head.shape[0] + head
+        bucket = torch.where(chosen, bucket, lists).reshape(-1)
         bucket, entries = bucket.sort(stable=True)
         offsets = torch.searchsorted(bucket, torch.arange(lists + 1))
         entries = entries[: int(offsets[-1])]
         positions = torch.full((ids.numel(),), -1)
         positions[entries] = torch.arange(entries.numel())
-        own = torch.zeros(self.num_blocks, head.shape[0], dtype=torch.long)
+        own = torch.zeros(ranges * self.num_blocks, dtype=torch.long)  # queries of a head
         if own_first:
             position = reference.query_positions(*self.cu_seqlens)[1]
             block = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)[sequence]
             block += position.clamp(min=0) // self.case.block_size
-            queries = slice(group.query_begin, group.query_end)
-            block = block[queries][position[queries] >= 0]
-            own += block.bincount(minlength=self.num_blocks)[:, None] * ids.shape[2]
-        own = -(-own.flatten() // segment_rows)
+            of_group = slice(group.query_begin, group.query_end)
+            block = (query_range * self.num_blocks + block[of_group])[position[of_group] >= 0]
+            own += block.bincount(minlength=own.numel())
+        heads = head.shape[0]
+        own = own.repeat(heads) if range_queries else own.repeat_interleave(heads)
+        own = -(-own * ids.shape[2] // segment_rows)
         counts = own - (-offsets.diff() // segment_rows)
         counts = counts.clamp(min=int(every_list))
         segment_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

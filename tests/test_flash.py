@@ -174,6 +174,15 @@ def test_groups_stay_in_the_workspace(workspace, backend, monkeypatch):
                 plan = backend.make_plan(*call, backward=backward)
                 if not plan.slots:
                     continue
+                assert sum(b - a for a, b in plan.query_ranges()) == tokens
+                assert sum(b - a for a, b in plan.head_ranges()) == 8
+                if plan.merging:
+                    sizes = plan.heads_per_group, plan.queries_per_group
+                    sizes = sm90.MergingSizes.of(groups.Call(*call), *sizes)
+                    assert block_size <= 128 and plan.slots < 8 and hopper and not backward
+                    assert max(sizes.entries, sizes.rows, sizes.segments * block_size) < 2**31
+                    assert sizes.bytes(128) <= (workspace or max(least, tensors / 4))
+                    continue
                 entries = plan.heads_per_group * plan.queries_per_group * 4 * plan.slots
                 lists = plan.heads_per_group * (tokens // block_size + 1)
                 segments = lists + -(-entries // plan.segment_rows)
@@ -181,8 +190,26 @@ def test_groups_stay_in_the_workspace(workspace, backend, monkeypatch):
                 held = group_bytes(entries, segments, block_size, 128, backward)
                 if plan.at_once * held > bound:
                     assert plan.heads_per_group == 1 and entries < 2 * groups.ROW_TILE * lists
-                assert sum(b - a for a, b in plan.query_ranges()) == tokens
-                assert sum(b - a for a, b in plan.head_ranges()) == 8
+
+
+def test_when_rows_are_merged_along(monkeypatch):
+    """Where a head has enough parts, in phases of about as many, whose lists are not too short."""
+
+    def plan(tokens, block_size=128, topk=8, heads_q=16, heads_k=16, backward=False, batch=1):
+        sizes = batch, tokens, tokens, tokens, heads_q, heads_k, 128, block_size, topk
+        return sm90.make_plan(*sizes, backward=backward)
+
+    whole = plan(32_768)
+    assert whole.merging and whole.queries_per_group == 32_768 and whole.heads_per_group == 16
+    assert plan(32_768, heads_q=32, heads_k=8).queries_per_group == 16_384
+    assert plan(131_072).queries_per_group == 65_536
+    assert not plan(8192).merging
+    assert not plan(32_768, block_size=256).merging and not plan(32_768, topk=9).merging
+    assert not plan(32_768, backward=True).merging
+    monkeypatch.setattr(flash, "WORKSPACE_BYTES", 450_000_000)
+    assert plan(131_072).merging and plan(131_072).heads_per_group < 16
+    monkeypatch.setattr(flash, "WORKSPACE_BYTES", 2**24)
+    assert not plan(131_072).merging
 
 
 def test_when_two_groups_run_at_once(monkeypatch):

@@ -12,8 +12,10 @@ pytestmark = pytest.mark.gpu
 NAMES = ["positions", "offsets", "segment_offsets", "segment_lists", "cu_rows", "cu_keys"]
 
 
-def assert_routed(call: Call, group: Group, segment_rows: int) -> None:
-    for empty in ((False, False), (True, False), (False, True)):
+def assert_routed(call: Call, group: Group, segment_rows: int, *ranges: int) -> None:
+    """ranges: lists of ranges of so many queries, too."""
+    kinds = (False, False), (True, False), (False, True)
+    for empty in (*kinds, *((False, True, queries) for queries in ranges)):
         got = call.route(group, segment_rows, *empty)
         wanted = call.wanted_route(group, segment_rows, *empty)
         used = wanted[0].numel()
@@ -32,24 +34,25 @@ def test_matches_pytorch(case, hot, poisoned):
     call = make_call(case, hot)
     for group in call.groups():
         for segment_rows in (7, 64, 10**6):
-            assert_routed(call, group, segment_rows)
+            assert_routed(call, group, segment_rows, 1, 50, 10**9)
 
 
 def test_many_tiles(poisoned):
     """Several tiles of entries per KV head."""
     assert_routed(
-        make_call(self_attention([3000, 500, 4000], 8, 2, 8, 64, 8)), Group(0, 2, 0, 7500), 128
+        *(make_call(self_attention([3000, 500, 4000], 8, 2, 8, 64, 8)), Group(0, 2, 0, 7500), 128),
+        *(1000, 5000),
     )
     hot = make_call(self_attention(6000, 4, 1, 8, 512, 3), hot=True)
     assert_routed(hot, Group(0, 1, 0, 6000), 1024)
-    assert_routed(hot, Group(0, 1, 1000, 5999), 1024)
+    assert_routed(hot, Group(0, 1, 1000, 5999), 1024, 2222)
 
 
 @pytest.mark.parametrize("length", [1500, 3000, 5000, 40_000])
 def test_many_blocks(length, poisoned):
     """Entries sorted in shared memory, counters alone there, and counters that don't fit."""
     call = make_call(Case([length // 2], [length], 2, 1, 8, 1, 4))
-    assert_routed(call, Group(0, 1, 0, length // 2), 256)
+    assert_routed(call, Group(0, 1, 0, length // 2), 256, length // 5)
     assert_routed(call, Group(0, 1, 17, length // 2 - 5), 1)
 
 
@@ -57,7 +60,7 @@ def test_many_sequences(poisoned):
     lengths = torch.randint(0, 9, (3000,)).tolist()
     call = make_call(self_attention(lengths, 2, 2, 8, 2, 3))
     for group in call.groups():
-        assert_routed(call, group, 4)
+        assert_routed(call, group, 4, 700)
 
 
 @pytest.mark.parametrize("case", [*CASES, self_attention(0, 2, 1, 8, 16, 3)])
@@ -129,5 +132,7 @@ def test_arguments_are_checked_before_the_launch():
     ):
         with pytest.raises(RuntimeError, match=message):
             call.route(group, segment_rows)
+    with pytest.raises(RuntimeError, match="range_queries must be at least 0, got -1"):
+        call.route(Group(0, 1, 0, 64), 8, range_queries=-1)
     with pytest.raises(RuntimeError, match="block_ids has the wrong dtype"):
         call._replace(ids=call.ids.long()).route(Group(0, 1, 0, 64), 8)

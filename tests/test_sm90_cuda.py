@@ -40,6 +40,88 @@ def assert_same_selection(case: Case, inputs) -> None:
     assert torch.equal(results[0].ids, results[1].ids)
 
 
+@pytest.fixture(params=[1, 2**12])
+def phases(request, monkeypatch):
+    """Rows are merged by the kernel that attends, at any size, in phases of so many parts."""
+    set_phases(monkeypatch, request.param)
+    yield
+    sm90._plan.cache_clear()
+
+
+def set_phases(monkeypatch, parts: int) -> None:
+    monkeypatch.setattr(sm90, "PHASE_PARTS", parts)
+    sm90._plan.cache_clear()
+
+
+MERGED = [
+    self_attention([700, 0, 65, 1, 430], 4, 2, 128, 64, 3),
+    self_attention(5000, 4, 4, 64, 128, 8),
+    self_attention(3000, 8, 1, 128, 96, 7),
+    Case([5, 0, 2000, 1, 400], [90, 7, 2400, 0, 250], 6, 2, 128, 16, 5),
+    Case([900, 9], [300, 700], 2, 1, 64, 32, 2),
+]
+
+
+def plan_of(case: Case) -> groups.Plan:
+    tokens_q, tokens_k = sum(case.lengths_q), sum(case.lengths_k)
+    sizes = len(case.lengths_k), tokens_q, tokens_k, case.max_seqlen_k
+    heads = case.heads_q, case.heads_k, case.head_dim
+    return sm90.make_plan(*sizes, *heads, case.block_size, case.topk, backward=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", MERGED)
+def test_merging_equals_merge(case, dtype, monkeypatch, poisoned):
+    """The same bits as of two kernels, a hundred times, with one phase and with many."""
+    inputs, sizes = random_inputs(case, dtype), (case.max_seqlen_q, case.max_seqlen_k)
+    sizes = *case.cu_seqlens(DEVICE), *sizes, case.block_size, case.topk, None, "sm90"
+    set_phases(monkeypatch, 2**40)
+    assert not plan_of(case).merging
+    wanted = torch.ops.moba.attention(*inputs, *sizes)
+    for parts in (1, 2**8, 2**9, 2**11):
+        set_phases(monkeypatch, parts)
+        assert plan_of(case).merging
+        for _ in range(25):
+            got = torch.ops.moba.attention(*inputs, *sizes)
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted))
+    sm90._plan.cache_clear()
+
+
+@pytest.mark.parametrize("case", MERGED)
+@pytest.mark.parametrize("kind", ["random", "hot"])
+def test_merged_rows(case, kind, phases, poisoned):
+    check(case, INPUTS[kind](case, torch.bfloat16))
+
+
+def test_merging_on_two_streams(phases):
+    """Kernels whose thread blocks wait for each other don't wait for another call's."""
+    case = self_attention(6000, 8, 4, 128, 128, 8)
+    inputs, sizes = random_inputs(case, torch.bfloat16), (case.max_seqlen_q, case.max_seqlen_k)
+    sizes = *case.cu_seqlens(DEVICE), *sizes, case.block_size, case.topk, None, "sm90"
+    wanted = torch.ops.moba.attention(*inputs, *sizes)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(3)], []
+    for _ in range(30):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(torch.ops.moba.attention(*inputs, *sizes))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(x, y) for x, y in zip(result, wanted))
+
+
+def test_what_cannot_be_merged_along_is_refused():
+    case = self_attention(2000, 2, 1, 64, 64, 10)
+    q, k, v = random_inputs(case, torch.bfloat16)
+    for block_size, topk, message in (
+        (64, 10, "less than 8 slots, got 64 and 9"),
+        (192, 3, "at most 128 keys and less than 8 slots, got 192 and 2"),
+    ):
+        sizes = *case.cu_seqlens(DEVICE), 2000, 2000, block_size, topk, 0.1, 128, 1, 2000, True
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.moba.sm90_forward(q, q, k, v, *sizes)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 @pytest.mark.parametrize("topk", [1, 3, 100])
 def test_second_device_while_the_first_is_current(topk):
@@ -141,6 +223,11 @@ def test_a_million_tokens():
     check_samples(case, random_inputs(case, torch.bfloat16), blocks)
 
 
+@pytest.mark.parametrize("values", INVALID)
+def test_invalid_offsets_give_nan_where_rows_are_merged_along(values, phases, poisoned):
+    test_invalid_offsets_give_nan(values, 3, None)
+
+
 @pytest.mark.parametrize("topk", [1, 3, 100])
 @pytest.mark.parametrize("values", INVALID)
 def test_invalid_offsets_give_nan(values, topk, poisoned):
@@ -201,6 +288,10 @@ def test_heads_that_are_one_in_memory(block_size):
     assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
+def test_graph_where_rows_are_merged_along(phases):
+    test_graph_and_its_kernels(64)
+
+
 @pytest.mark.parametrize("block_size", [64, 192])
 def test_graph_and_its_kernels(block_size):
     """A CUDA graph holds it; the profile shows our kernels for the one group of heads, and none of
@@ -244,6 +335,7 @@ def test_threads_with_calls_of_different_sizes(backend):
         self_attention(3000, 4, 2, 128, block_size, topk)
         for block_size, topk in ((512, 3), (16, 100), (16, 40), (128, 8), (4, 5))
     ]
+    cases.append(self_attention(9000, 4, 2, 128, 128, 8))  # its rows are merged along
     calls = [(case, random_inputs(case, torch.bfloat16)) for case in cases]
     calls = [(*call, upstream(call[0], torch.bfloat16)) for call in calls]
     wanted = [flash_checks.run(*call, backend=backend) for call in calls]

@@ -6,6 +6,7 @@
 // In comments: R = rows of the group, K = slots, S = max_segments = lists + ceil(R * K /
 // segment_rows), B = block_size.
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -114,11 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> flash_metadata(Tensor cu_seqlens_q, Tensor cu
 }
 
 // block_ids int32 [Tq, Hq, K] -> the arrays of Routes, all int32. own_first wants cu_seqlens_k.
+// range_queries above 0: lists by head, in ranges of so many queries.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
     Tensor block_ids, Tensor cu_seqlens_q, Tensor cu_blocks, int64_t tokens_k, int64_t heads_k,
     int64_t block_size, int64_t segment_rows, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, bool every_list, bool own_first,
-    std::optional<Tensor> cu_seqlens_k) {
+    std::optional<Tensor> cu_seqlens_k, int64_t range_queries) {
   MOBA_CHECK(block_ids.dim() == 3, "block_ids must be [Tq, Hq, K]");
   check_packed(block_ids, "block_ids", ScalarType::Int, block_ids.size(0) * block_ids.size(1),
                block_ids.size(2), cu_blocks);
@@ -133,7 +135,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
   const int64_t rows = check_group(problem, group), entries = rows * problem.slots;
   MOBA_CHECK(!own_first || cu_seqlens_k.has_value(), "own_first needs cu_seqlens_k");
   MOBA_CHECK(segment_rows >= 1, "segment_rows must be at least 1, got ", segment_rows);
-  const int64_t lists = group.heads() * problem.num_blocks;
+  MOBA_CHECK(range_queries >= 0, "range_queries must be at least 0, got ", range_queries);
+  int64_t lists = group.heads() * problem.num_blocks;
+  if (range_queries > 0) lists *= std::max<int64_t>(ceil_div(group.queries(), range_queries), 1);
   int64_t segments = lists + ceil_div(entries, segment_rows);
   if (own_first) segments += lists + ceil_div(rows, segment_rows);
   MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
@@ -145,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
   Tensor offsets = ints(block_ids, lists + 1), segment_offsets = ints(block_ids, lists + 1);
   Tensor segment_lists = ints(block_ids, segments);
   Tensor cu_rows = ints(block_ids, segments + 1), cu_keys = ints(block_ids, segments + 1);
-  Tensor workspace = ints(block_ids, route_workspace(problem, group));
+  Tensor workspace = ints(block_ids, route_workspace(problem, group, range_queries));
   const Routes routes{mutable_data_of<int32_t>(sorted),
                       mutable_data_of<int32_t>(positions),
                       mutable_data_of<int32_t>(offsets),
@@ -155,9 +159,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
                       mutable_data_of<int32_t>(cu_keys),
                       segments,
                       segment_rows,
-                      /*by_head=*/false,
+                      /*by_head=*/range_queries > 0,
                       every_list,
-                      own_first};
+                      own_first,
+                      range_queries};
   STD_CUDA_CHECK(route(problem, group, data_of<int32_t>(block_ids), routes,
                        mutable_data_of<int32_t>(workspace), current_stream(block_ids)));
   return {sorted, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys};
@@ -396,7 +401,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
   m.def(
       "flash_route(Tensor block_ids, Tensor cu_seqlens_q, Tensor cu_blocks, SymInt tokens_k, "
       "SymInt heads_k, SymInt block_size, SymInt segment_rows, " MOBA_GROUP
-      ", bool every_list=False, bool own_first=False, Tensor? cu_seqlens_k=None) -> "
+      ", bool every_list=False, bool own_first=False, Tensor? cu_seqlens_k=None, "
+      "SymInt range_queries=0) -> "
       "(Tensor entries, Tensor positions, Tensor offsets, Tensor segment_offsets, "
       "Tensor segment_lists, Tensor cu_rows, Tensor cu_keys)");
   m.def(

@@ -1,10 +1,11 @@
 // block_ids [Tq, Hq, K] turned around: for every (KV head, block) the entries that chose it.
 //
-// A stable counting sort of the entries of each KV head, cut into tiles, by block. Four launches:
+// A stable counting sort of the entries of each KV head, or of each range of its queries, cut into
+// tiles, by block. Four launches:
 //
-//   - count, a thread block per tile: table[head, tile, n] = its entries that chose block n.
-//   - tiles, a warp lane per (head, n): the table becomes its running sum over tiles.
-//   - lists, one thread block: running sums over lists of entries and of segments.
+//   - count, a thread block per tile: table[range, tile, n] = its entries that chose block n.
+//   - tiles, a warp lane per (range, n): the table becomes its running sum over tiles.
+//   - lists, a thread block for every 8,192: running sums over lists of entries and of segments.
 //   - place, a warp per tile: walks its entries in order, with a counter per block. Where they fit,
 //     the tiles of a thread block are sorted in shared memory first. The first thread blocks of the
 //     grid write the segments.
@@ -28,7 +29,6 @@ constexpr int kScanThreads = 1024;
 constexpr int kScanItems = 8;  // lists per thread
 constexpr int kTileScanWarps = 16;
 constexpr int kPlaceWarps = 8;
-constexpr int kFlatThreads = 256;
 constexpr int kUnroll = 4;
 // Counters of a tile are in shared memory up to this size, else in the table: more of them would
 // leave too few warps per multiprocessor to hide the latency of either.
@@ -48,13 +48,25 @@ struct Sort {
   Divisor query_entries;  // G * K
   Divisor slots;          // K
   uint32_t entries;       // of a KV head
-  uint32_t tile, tiles;   // entries of a tile, tiles of a KV head
+  uint32_t range_entries, range_queries;
+  uint32_t ranges;       // of a KV head
+  uint32_t tile, tiles;  // entries of a tile, tiles of a range
   uint32_t heads;
   uint32_t num_blocks;
-  uint32_t head_step, block_step;  // between the lists of neighbouring heads and blocks
+  uint32_t range_step, block_step;  // between the lists of neighbouring ranges and blocks
 
-  __device__ int64_t list(uint32_t head, uint32_t n) const {
-    return int64_t{head} * head_step + int64_t{n} * block_step;
+  __host__ __device__ int64_t lists() const { return int64_t{heads} * ranges * num_blocks; }
+  // range: of those of all heads.
+  __device__ int64_t list(uint32_t range, uint32_t n) const {
+    return int64_t{range} * range_step + int64_t{n} * block_step;
+  }
+  // The head's entries from a tile's first on, and where they end.
+  __device__ uint32_t begin(uint32_t range, uint32_t tile_of_range) const {
+    return range % ranges * range_entries + tile_of_range * tile;
+  }
+  __device__ uint32_t end(uint32_t range, uint32_t tile_of_range) const {
+    const uint32_t of_range = min(tile_of_range * tile + tile, range_entries);
+    return min(range % ranges * range_entries + of_range, entries);
   }
 };
 
@@ -63,7 +75,23 @@ int64_t counters_bytes(int64_t num_blocks) {
   return std::max<int64_t>(num_blocks, 1) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-Sort make_sort(const Problem& problem, const Group& group, const int32_t* ids) {
+// Queries of a range, ranges of a KV head.
+struct Ranges {
+  int64_t queries, count;
+
+  Ranges(const Group& group, int64_t range_queries)
+      : queries(std::max<int64_t>(range_queries > 0 ? range_queries : group.queries(), 1)),
+        count(std::max<int64_t>(ceil_div(group.queries(), queries), 1)) {}
+
+  RouteTable table(const Problem& problem, const Group& group) const {
+    const int64_t most = std::min(queries, group.queries());
+    return route_table(group.heads() * count, most * problem.group() * problem.slots,
+                       problem.num_blocks);
+  }
+};
+
+Sort make_sort(const Problem& problem, const Group& group, const Routes& routes,
+               const int32_t* ids) {
   Sort sort{};
   sort.cu_seqlens_q = problem.cu_seqlens_q;
   sort.cu_blocks = problem.cu_blocks;
@@ -77,11 +105,16 @@ Sort make_sort(const Problem& problem, const Group& group, const int32_t* ids) {
   sort.slots = Divisor(static_cast<uint32_t>(problem.slots));
   sort.heads = static_cast<uint32_t>(group.heads());
   sort.num_blocks = static_cast<uint32_t>(problem.num_blocks);
-  const int64_t entries = group.queries() * problem.group() * problem.slots;
-  const RouteTable table = route_table(group.heads(), entries, problem.num_blocks);
-  sort.entries = static_cast<uint32_t>(entries);
+  const Ranges ranges(group, routes.range_queries);
+  const RouteTable table = ranges.table(problem, group);
+  sort.entries = static_cast<uint32_t>(group.queries() * query_entries);
+  sort.range_queries = static_cast<uint32_t>(ranges.queries);
+  sort.range_entries = static_cast<uint32_t>(ranges.queries * query_entries);
+  sort.ranges = static_cast<uint32_t>(ranges.count);
   sort.tile = static_cast<uint32_t>(table.tile);
   sort.tiles = static_cast<uint32_t>(table.tiles);
+  sort.range_step = routes.by_head ? sort.num_blocks : 1;
+  sort.block_step = routes.by_head ? 1 : sort.heads;
   return sort;
 }
 
@@ -144,8 +177,9 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   int32_t* const counts = kShared ? shared_counts : row;
   for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += blockDim.x) counts[n] = 0;
   __syncthreads();
-  const uint32_t head = blockIdx.x / sort.tiles, begin = blockIdx.x % sort.tiles * sort.tile;
-  const uint32_t end = min(begin + sort.tile, sort.entries);
+  const uint32_t range = blockIdx.x / sort.tiles, tile = blockIdx.x % sort.tiles;
+  const uint32_t head = range / sort.ranges;
+  const uint32_t begin = sort.begin(range, tile), end = sort.end(range, tile);
   Sequence sequence;
   for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
     Entries entries;
@@ -163,28 +197,31 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
 }
 
 // Segments without entries of a block's list: see Routes::own_first.
-__device__ int32_t own_segments(const Problem& problem, const Group& group, const Routes& routes,
-                                uint32_t n) {
+__device__ int32_t own_segments(const Sort& sort, const Problem& problem, const Group& group,
+                                const Routes& routes, uint32_t range, uint32_t n) {
   if (problem.cu_blocks[0] != 0) return 0;
-  const OwnQueries own(problem, TableBlock(problem, static_cast<int>(n)),
-                       static_cast<int>(group.query_begin), static_cast<int>(group.query_end));
+  const int64_t begin = group.query_begin + range % sort.ranges * sort.range_queries;
+  const int64_t end = min(begin + sort.range_queries, group.query_end);
+  const OwnQueries own(problem, TableBlock(problem, static_cast<int>(n)), static_cast<int>(begin),
+                       static_cast<int>(end));
   const int64_t rows = own.count() * (problem.heads_q / problem.heads_k);
   return static_cast<int32_t>((rows + routes.segment_rows - 1) / routes.segment_rows);
 }
 
-// 32 lists per thread block, its warps take runs of tiles. Leaves the length of list i in
-// offsets[i + 1], and the number of its segments without entries in segment_offsets[i + 1].
+// 32 lists per thread block, its warps take runs of tiles. lengths [2 * lists]: of every list the
+// entries, then of every list the segments without entries.
 __global__ void __launch_bounds__(kTileScanWarps * 32)
-    tiles_kernel(Sort sort, Problem problem, Group group, Routes routes, int32_t* table) {
+    tiles_kernel(Sort sort, Problem problem, Group group, Routes routes, int32_t* table,
+                 int32_t* lengths) {
   __shared__ int32_t sums[kTileScanWarps][32];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t columns = (sort.num_blocks + 31) / 32;
-  const uint32_t head = blockIdx.x / columns, n = blockIdx.x % columns * 32 + lane;
+  const uint32_t range = blockIdx.x / columns, n = blockIdx.x % columns * 32 + lane;
   const bool inside = n < sort.num_blocks;
   const uint32_t share = (sort.tiles + kTileScanWarps - 1) / kTileScanWarps;
   const uint32_t first = min(warp * share, sort.tiles);
   const uint32_t last = inside ? min(first + share, sort.tiles) : first;
-  int32_t* const counts = table + int64_t{head} * sort.tiles * sort.num_blocks + n;
+  int32_t* const counts = table + int64_t{range} * sort.tiles * sort.num_blocks + n;
 
   int32_t sum = 0;
 #pragma unroll 8
@@ -208,67 +245,77 @@ __global__ void __launch_bounds__(kTileScanWarps * 32)
     }
   }
   if (warp == kTileScanWarps - 1 && inside) {
-    const int64_t list = sort.list(head, n);
-    routes.offsets[list + 1] = before;
+    const int64_t list = sort.list(range, n);
+    lengths[list] = before;
     if (routes.own_first) {
-      routes.segment_offsets[list + 1] = own_segments(problem, group, routes, n);
+      lengths[sort.lists() + list] = own_segments(sort, problem, group, routes, range, n);
     }
   }
 }
 
-// Lengths in offsets[i + 1] become offsets; segments are counted along. Both sums are below 2^31
-// and travel in one 64-bit number.
-__global__ void __launch_bounds__(kScanThreads) lists_kernel(int64_t lists, Routes routes) {
+// A list's entries, and in the upper half its segments.
+__device__ int64_t entries_and_segments(const Routes& routes, const int32_t* lengths, int64_t lists,
+                                        int64_t list) {
+  const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
+  const uint32_t entries = lengths[list];
+  uint32_t segments = (entries + segment_rows - 1) / segment_rows;
+  if (routes.own_first) segments += lengths[lists + list];
+  return int64_t{max(segments, uint32_t{routes.every_list})} << 32 | entries;
+}
+
+// Lengths become offsets; a thread block sums those of all lists before its own. Both sums are
+// below 2^31 and travel in one 64-bit number.
+__global__ void __launch_bounds__(kScanThreads)
+    lists_kernel(int64_t lists, Routes routes, const int32_t* lengths) {
   __shared__ int64_t scratch[kScanThreads / 32];
-  if (threadIdx.x == 0) {
+  const int64_t begin = int64_t{blockIdx.x} * kScanThreads * kScanItems;
+  int64_t carry = 0;
+  if (begin > 0) {
+    int64_t earlier = 0;
+#pragma unroll 4
+    for (int64_t list = threadIdx.x; list < begin; list += kScanThreads) {
+      earlier += entries_and_segments(routes, lengths, lists, list);
+    }
+    block_scan<kScanThreads>(earlier, scratch, carry);
+  }
+
+  const int lane = threadIdx.x % 32;
+  // A warp has kScanItems * 32 neighbours, so that 32 of them are loaded or stored at a time.
+  const int64_t first = begin + (threadIdx.x - lane) * kScanItems + lane;
+  int64_t sums[kScanItems], of_warp = 0;
+#pragma unroll
+  for (int i = 0; i < kScanItems; ++i) {
+    const int64_t list = first + i * 32;
+    sums[i] = list < lists ? entries_and_segments(routes, lengths, lists, list) : 0;
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+    for (int64_t& sum : sums) {
+      const int64_t below = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += below;
+    }
+  }
+#pragma unroll
+  for (int64_t& sum : sums) {
+    sum += of_warp;
+    of_warp = __shfl_sync(~0u, sum, 31);
+  }
+  int64_t total;
+  const int64_t last = lane == 31 ? of_warp : 0;
+  const int64_t before = carry + block_scan<kScanThreads>(last, scratch, total) - last;
+  if (begin == 0 && threadIdx.x == 0) {
     routes.offsets[0] = 0;
     if (routes.segment_offsets != nullptr) routes.segment_offsets[0] = 0;
   }
-  const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
-  int64_t carry = 0;
-  const int lane = threadIdx.x % 32;
-  for (int64_t begin = 0; begin < lists; begin += kScanThreads * kScanItems) {
-    // A warp has kScanItems * 32 neighbours, so that 32 of them are loaded or stored at a time.
-    const int64_t first = begin + (threadIdx.x - lane) * kScanItems + lane;
-    int64_t sums[kScanItems], of_warp = 0;
 #pragma unroll
-    for (int i = 0; i < kScanItems; ++i) {
-      const int64_t list = first + i * 32;
-      int64_t sum = 0;
-      if (list < lists) {
-        const uint32_t rows = routes.offsets[list + 1];
-        uint32_t segments = (rows + segment_rows - 1) / segment_rows;
-        if (routes.own_first) segments += routes.segment_offsets[list + 1];
-        sum = int64_t{max(segments, uint32_t{routes.every_list})} << 32 | rows;
-      }
-      sums[i] = sum;
+  for (int i = 0; i < kScanItems; ++i) {
+    const int64_t list = first + i * 32, running = before + sums[i];
+    if (list >= lists) break;
+    routes.offsets[list + 1] = static_cast<int32_t>(running);
+    if (routes.segment_offsets != nullptr) {
+      routes.segment_offsets[list + 1] = static_cast<int32_t>(running >> 32);
     }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-      for (int64_t& sum : sums) {
-        const int64_t below = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += below;
-      }
-    }
-#pragma unroll
-    for (int64_t& sum : sums) {
-      sum += of_warp;
-      of_warp = __shfl_sync(~0u, sum, 31);
-    }
-    int64_t total;
-    const int64_t last = lane == 31 ? of_warp : 0;
-    const int64_t before = carry + block_scan<kScanThreads>(last, scratch, total) - last;
-#pragma unroll
-    for (int i = 0; i < kScanItems; ++i) {
-      const int64_t list = first + i * 32, running = before + sums[i];
-      if (list >= lists) break;
-      routes.offsets[list + 1] = static_cast<int32_t>(running);
-      if (routes.segment_offsets != nullptr) {
-        routes.segment_offsets[list + 1] = static_cast<int32_t>(running >> 32);
-      }
-    }
-    carry += total;
   }
 }
 
@@ -299,7 +346,7 @@ __device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t bl
   if (blockIdx.x >= segment_blocks) return false;
   const int64_t segment = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (segment <= routes.max_segments) {
-    write_segment(routes, int64_t{sort.heads} * sort.num_blocks, block_size, segment);
+    write_segment(routes, sort.lists(), block_size, segment);
   }
   return true;
 }
@@ -345,10 +392,10 @@ struct ByRow {
 // A warp goes through the entries of a tile in order: put(entry, block, place) of each; block -1
 // where none is chosen.
 template <typename Counters, typename Put>
-__device__ void walk(const Sort& sort, uint32_t head, uint32_t tile, const Counters& counters,
+__device__ void walk(const Sort& sort, uint32_t range, uint32_t tile, const Counters& counters,
                      const Put& put) {
-  const uint32_t lane = threadIdx.x % 32, begin = tile * sort.tile;
-  const uint32_t end = min(begin + sort.tile, sort.entries);
+  const uint32_t lane = threadIdx.x % 32, head = range / sort.ranges;
+  const uint32_t begin = sort.begin(range, tile), end = sort.end(range, tile);
   Sequence sequence;
   Entries ahead;
   ahead.load(sort, head, begin + lane, 32, end);
@@ -373,21 +420,21 @@ __global__ void __launch_bounds__(kPlaceWarps * 32)
   if (wrote_segment(sort, routes, block_size, segment_blocks)) return;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t item = (blockIdx.x - segment_blocks) * (blockDim.x / 32) + warp;
-  if (item >= sort.heads * sort.tiles) return;
-  const uint32_t head = item / sort.tiles, head_entries = head * sort.entries;
+  if (item >= sort.heads * sort.ranges * sort.tiles) return;
+  const uint32_t range = item / sort.tiles, head_entries = range / sort.ranges * sort.entries;
   int32_t* const row = table + int64_t{item} * sort.num_blocks;
   // Of every block, the place of the tile's next entry: in entries, or in its list for the table.
   int32_t* const counters = kShared ? shared_counters + warp * sort.num_blocks : row;
   if (kShared) {
     for (uint32_t n = lane; n < sort.num_blocks; n += 32) {
-      counters[n] = row[n] + routes.offsets[sort.list(head, n)];
+      counters[n] = row[n] + routes.offsets[sort.list(range, n)];
     }
     __syncwarp();
   }
   const ByMatch<int32_t> of_tile{counters};
-  walk(sort, head, item % sort.tiles, of_tile, [&](uint32_t entry, int32_t n, int32_t place) {
+  walk(sort, range, item % sort.tiles, of_tile, [&](uint32_t entry, int32_t n, int32_t place) {
     const bool chosen = n >= 0;
-    if (chosen && !kShared) place += routes.offsets[sort.list(head, n)];
+    if (chosen && !kShared) place += routes.offsets[sort.list(range, n)];
     routes.positions[head_entries + entry] = chosen ? place : -1;
     if (chosen) routes.entries[place] = static_cast<int32_t>(head_entries + entry);
   });
@@ -425,15 +472,15 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   const uint32_t counters_of_tile = (num_blocks + 1) / 2 * 2;
 
   const uint32_t runs = (sort.tiles + kWarps - 1) / kWarps;
-  const uint32_t head = (blockIdx.x - segment_blocks) / runs;
+  const uint32_t range = (blockIdx.x - segment_blocks) / runs;
   const uint32_t first = (blockIdx.x - segment_blocks) % runs * kWarps;
   const uint32_t count = min(sort.tiles - first, uint32_t{kWarps});  // of tiles
-  const int32_t* const rows = table + (int64_t{head} * sort.tiles + first) * num_blocks;
+  const int32_t* const rows = table + (int64_t{range} * sort.tiles + first) * num_blocks;
   int64_t chosen = 0;
   for (uint32_t begin = 0; begin < num_blocks; begin += kWarps * 32) {
     const uint32_t n = begin + threadIdx.x;
     const bool inside = n < num_blocks;
-    const int64_t list = sort.list(head, inside ? n : 0);
+    const int64_t list = sort.list(range, inside ? n : 0);
     const int32_t offset = routes.offsets[list], before = inside ? rows[n] : 0;
     int32_t after = before;
     if (inside) {
@@ -452,12 +499,13 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
     }
   }
   __syncthreads();
-  const uint32_t origin = head * sort.entries, entry_begin = first * sort.tile;
+  const uint32_t origin = range / sort.ranges * sort.entries;
+  const uint32_t entry_begin = sort.begin(range, first);
   if (warp < count) {
     using Counters = std::conditional_t<kByRow, ByRow, ByMatch<uint16_t>>;
     using Next = decltype(Counters::next);
     const Counters of_tile{reinterpret_cast<Next>(counters + warp * counters_of_tile)};
-    walk(sort, head, first + warp, of_tile, [&](uint32_t entry, int32_t n, int32_t place) {
+    walk(sort, range, first + warp, of_tile, [&](uint32_t entry, int32_t n, int32_t place) {
       routes.positions[origin + entry] = n < 0 ? -1 : base[n] + place;
       if (n >= 0) sorted[place] = static_cast<uint32_t>(n) << 16 | (entry - entry_begin);
     });
@@ -470,27 +518,12 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   }
 }
 
-__global__ void __launch_bounds__(kFlatThreads)
-    flat_kernel(Routes routes, int64_t lists, uint32_t total, uint32_t head_entries,
-                uint32_t query_entries, int64_t query_stride, int64_t* offsets, int64_t* entries) {
-  const int64_t i = int64_t{blockIdx.x} * kFlatThreads + threadIdx.x;
-  if (i <= lists) offsets[i] = routes.offsets[i];
-  if (i >= total) return;
-  int64_t flat = -1;
-  if (i < routes.offsets[lists]) {
-    const uint32_t entry = routes.entries[i];
-    const uint32_t head = entry / head_entries, rest = entry % head_entries;
-    flat =
-        rest / query_entries * query_stride + int64_t{head} * query_entries + rest % query_entries;
-  }
-  entries[i] = flat;
-}
-
 template <bool kShared>
 cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
                    const Routes& routes, int32_t* table, cudaStream_t stream) {
-  const int64_t lists = int64_t{sort.heads} * sort.num_blocks;
-  const uint32_t tiles = sort.heads * sort.tiles;
+  const uint32_t ranges = sort.heads * sort.ranges, tiles = ranges * sort.tiles;
+  const int64_t lists = sort.lists();
+  int32_t* const lengths = table + int64_t{tiles} * sort.num_blocks;
   const int64_t counter_bytes = kShared ? counters_bytes(sort.num_blocks) : 0;
   if (tiles > 0) {
     const int threads = sort.tile <= 1024 ? kCountThreads / 2 : kCountThreads;
@@ -498,10 +531,11 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
   }
   if (lists > 0) {
     const uint32_t columns = (sort.num_blocks + 31) / 32;
-    tiles_kernel<<<sort.heads * columns, kTileScanWarps * 32, 0, stream>>>(sort, problem, group,
-                                                                           routes, table);
+    tiles_kernel<<<ranges * columns, kTileScanWarps * 32, 0, stream>>>(sort, problem, group, routes,
+                                                                       table, lengths);
   }
-  lists_kernel<<<1, kScanThreads, 0, stream>>>(lists, routes);
+  const int64_t scans = std::max<int64_t>(ceil_div(lists, kScanThreads * kScanItems), 1);
+  lists_kernel<<<static_cast<unsigned>(scans), kScanThreads, 0, stream>>>(lists, routes, lengths);
   const auto place = [&](auto kernel, int64_t warps, int64_t thread_blocks, int64_t bytes) {
     const int64_t segments =
         routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
@@ -519,7 +553,7 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
     if (error != cudaSuccess) return error;
-    return place(kernel, warps, sort.heads * ceil_div(sort.tiles, warps), bytes(warps));
+    return place(kernel, warps, ranges * ceil_div(sort.tiles, warps), bytes(warps));
   };
   if (bytes(8) <= most) {
     const bool by_row = problem.slots >= 4;
@@ -533,32 +567,16 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
 
 }  // namespace
 
-int64_t route_workspace(const Problem& problem, const Group& group) {
-  const int64_t entries = group.queries() * problem.group() * problem.slots;
-  return route_table(group.heads(), entries, problem.num_blocks).elements;
+int64_t route_workspace(const Problem& problem, const Group& group, int64_t range_queries) {
+  return Ranges(group, range_queries).table(problem, group).elements;
 }
 
 cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
                   const Routes& routes, int32_t* workspace, cudaStream_t stream) {
-  Sort sort = make_sort(problem, group, ids);
-  sort.head_step = routes.by_head ? sort.num_blocks : 1;
-  sort.block_step = routes.by_head ? 1 : sort.heads;
+  const Sort sort = make_sort(problem, group, routes, ids);
   return counters_bytes(problem.num_blocks) <= kMaxShared
              ? launch<true>(sort, problem, group, routes, workspace, stream)
              : launch<false>(sort, problem, group, routes, workspace, stream);
-}
-
-cudaError_t route_to_flat(const Problem& problem, const Routes& routes, int64_t* offsets,
-                          int64_t* entries, cudaStream_t stream) {
-  const int64_t lists = problem.heads_k * problem.num_blocks;
-  const int64_t query_entries = problem.group() * problem.slots;
-  const int64_t head_entries = problem.tokens_q * query_entries;
-  const int64_t total = problem.heads_k * head_entries;
-  const auto grid = static_cast<unsigned>(ceil_div(std::max(lists + 1, total), kFlatThreads));
-  flat_kernel<<<grid, kFlatThreads, 0, stream>>>(
-      routes, lists, static_cast<uint32_t>(total), static_cast<uint32_t>(head_entries),
-      static_cast<uint32_t>(query_entries), problem.heads_q * problem.slots, offsets, entries);
-  return cudaGetLastError();
 }
 
 }  // namespace moba::cuda

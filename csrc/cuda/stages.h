@@ -77,10 +77,13 @@ struct Routes {
   // Before those of its entries a list has segments without any, for every segment_rows rows of its
   // block's own queries, of those of the group: lists + ceil(R / segment_rows) at most.
   bool own_first;
+  // With by_head, lists of ranges of so many queries, the last one shorter: they are numbered
+  // ((head_k - head_begin) * ranges + range) * NB + n then. 0: all queries in one.
+  int64_t range_queries;
 };
 
 // Elements of int32 workspace that route needs.
-int64_t route_workspace(const Problem& problem, const Group& group);
+int64_t route_workspace(const Problem& problem, const Group& group, int64_t range_queries = 0);
 
 // ids [Tq, Hq, K], local to the sequence, -1 where a slot is empty -> routes. An id that is not a
 // block of its sequence counts as empty, and so do all of them when cu_seqlens are invalid. The

@@ -9,14 +9,20 @@
 // each of three warps copies the rows of one consumer, and the last the keys of the next block.
 // What a consumer must know of a tile lies beside it in shared memory.
 //
+// Lists by head are gone through in phases, a head or a range of its queries at a time. Where rows
+// are merged along (merging.cuh), that is done for those of the phase before, two rows of a warp
+// with every tile, while the tensor cores work for it.
+//
 // Rows of q reach the tensor cores by way of registers; parts leave by the tensor copy engine, 16
 // rows of a warp at a time.
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/sm90/key_tiles.cuh"
+#include "cuda/sm90/merging.cuh"
 
 namespace moba::cuda::sm90 {
 namespace forward_tile {
@@ -36,7 +42,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Of a tile of rows, for its consumer.
 struct Tile {
-  int row, rows;  // the first one's place in what is written, and how many; 0: there are no more
+  int row, rows;  // the first one's place in what is written, and how many; 0: the phase ends
   int keys;       // how many blocks' keys have come before it, its own included
   int begin;      // of own rows: the first, from the block's own first on; else -1
 };
@@ -52,8 +58,8 @@ static_assert(sizeof(Keys) == 8);
 template <int kDim, int kKeys>
 struct Shared {
   static constexpr int kQBytes = kTileRows * kDim * 2;
-  static constexpr int kKeyBytes = kKeys * kDim * 2;      // of k, and of v
-  static constexpr int kOutBytes = kWarpRows * kDim * 2;  // of a warp
+  static constexpr int kKeyBytes = kKeys * kDim * 2;                             // of k, and of v
+  static constexpr int kOutBytes = std::max(kWarpRows * kDim * 2, kStageBytes);  // of a warp
   static constexpr int kQ = kKeyStages * 2 * kKeyBytes;
   static constexpr int kOut = kQ + kConsumers * kQBytes;
   static constexpr int kTiles = kOut + kConsumers * 4 * kOutBytes;
@@ -62,71 +68,96 @@ struct Shared {
   static constexpr int kQEmpty = kQFull + kConsumers * 8;
   static constexpr int kKeyFull = kQEmpty + kConsumers * 8;
   static constexpr int kKeyEmpty = kKeyFull + kKeyStages * 8;
-  static constexpr int kBytes = kKeyEmpty + kKeyStages * 8 + 1024;  // and to align it
+  static constexpr int kCounters = kKeyEmpty + kKeyStages * 8;
+  static constexpr int kBytes = kCounters + kPhaseCounters * 4 + 1024;  // and to align it
 };
 
-// The items of a thread block, looked up 32 at a time, one by each lane: a run of them, and of the
-// last ones, whose blocks may have few rows for the time that their keys take, every so many. If
-// lists go by head, so do these, for every head.
+// The items of a thread block, looked up 32 at a time, one by each lane: of every phase a run of
+// them, and of the last ones, whose blocks may have few rows for the time that their keys take,
+// every so many. The next phase's first ones are looked up after the first one of this.
 class Run {
  public:
   __device__ explicit Run(const AttendForwardParams& params)
-      : params_(params), lane_(threadIdx.x % 32) {
-    if (params.problem.cu_blocks[0] != 0) return;
-    if (params.by_head) {
-      next_list_ = 0;
-    } else {
-      share(0, params.segment_offsets[params.lists]);
-    }
+      : params_(params), lane_(threadIdx.x % 32), phases_(phases_of(params)) {}
+
+  // Whether there is another phase.
+  __device__ bool next_phase() {
+    if (phase_ == phases_) return false;
+    if (!looked_up_) look_up_phase();
+    now_ = ahead_;
+    looked_up_ = false;
+    ++phase_;
+    next_ = 0;
+    return true;
   }
 
-  // The next item, for all lanes; false if there is none.
+  // The next item of the phase, for all lanes; false if there is none.
   __device__ bool next(Item& item) {
-    while (next_ == count_) {
-      if (next_list_ == params_.lists) return false;
-      const int begin = params_.segment_offsets[next_list_];
-      next_list_ += static_cast<int>(uint32_t{params_.list_divisor});
-      share(begin, params_.segment_offsets[next_list_], next_list_);
-    }
+    if (next_ > 0 && !looked_up_ && phase_ < phases_) look_up_phase();
+    if (next_ == now_.count) return false;
     const int lane = next_ % 32;
-    if (lane == 0) {
-      const int i = min(next_ + lane_, count_ - 1), of_rest = i - run_;
-      const int index = of_rest < 0 ? first_ + i : rest_ + of_rest * static_cast<int>(gridDim.x);
-      mine_ = Item(params_, index);
-    }
-    item.list = __shfl_sync(~0u, mine_.list, lane);
-    item.head = __shfl_sync(~0u, mine_.head, lane);
-    item.key = __shfl_sync(~0u, mine_.key, lane);
-    item.keys = __shfl_sync(~0u, mine_.keys, lane);
-    item.row = __shfl_sync(~0u, mine_.row, lane);
-    item.rows = __shfl_sync(~0u, mine_.rows, lane);
-    item.begin = __shfl_sync(~0u, mine_.begin, lane);
-    item.offset = __shfl_sync(~0u, mine_.offset, lane);
-    item.first = __shfl_sync(~0u, mine_.first, lane);
+    if (lane == 0 && next_ > 0) now_.look_up(params_, next_ + lane_);
+    const Item& mine = now_.mine;
+    item.list = __shfl_sync(~0u, mine.list, lane);
+    item.head = __shfl_sync(~0u, mine.head, lane);
+    item.key = __shfl_sync(~0u, mine.key, lane);
+    item.keys = __shfl_sync(~0u, mine.keys, lane);
+    item.row = __shfl_sync(~0u, mine.row, lane);
+    item.rows = __shfl_sync(~0u, mine.rows, lane);
+    item.begin = __shfl_sync(~0u, mine.begin, lane);
+    item.offset = __shfl_sync(~0u, mine.offset, lane);
+    item.first = __shfl_sync(~0u, mine.first, lane);
     ++next_;
     return true;
   }
 
+  // From an item's row to its place in part_out.
+  __device__ int shift(const Item& item) const {
+    return item.begin < 0 ? now_.places.entries : now_.places.own;
+  }
+
  private:
-  // The thread block's of the items from `begin` to `end`; turn: a number that changes from one
-  // call to the next, so that it is not always the same ones that have one more.
-  __device__ void share(int begin, int end, int turn = 0) {
-    const int items = end - begin, blocks = gridDim.x, block = (blockIdx.x + turn) % blocks;
+  struct Share {
+    int first, run, rest;  // of all items: the first of the run, how many, the first of the rest
+    int count;
+    Places places;
+    Item mine;  // the lane's of those that come next
+
+    __device__ void look_up(const AttendForwardParams& params, int i) {
+      i = min(i, count - 1);
+      const int of_rest = i - run;
+      mine = Item(params, of_rest < 0 ? first + i : rest + of_rest * static_cast<int>(gridDim.x));
+    }
+  };
+
+  // Into ahead_.
+  __device__ void look_up_phase() {
+    looked_up_ = true;
+    ahead_.count = 0;
+    if (params_.problem.cu_blocks[0] != 0) return;
+    const int lists = static_cast<int>(uint32_t{params_.list_divisor});  // of a phase, if by head
+    const int list = params_.by_head ? phase_ * lists : 0;
+    const int begin = params_.segment_offsets[list];
+    const int end = params_.segment_offsets[params_.by_head ? list + lists : params_.lists];
+    // Turned from phase to phase by 5/8, so that it is not mostly the same ones that have one more.
+    const int items = end - begin, blocks = gridDim.x;
+    const int block = (blockIdx.x + phase_ * (blocks * 5 / 8)) % blocks;
     const int64_t in_runs = items - items / 32;
-    first_ = static_cast<int>(in_runs * block / blocks);
-    run_ = static_cast<int>(in_runs * (block + 1) / blocks) - first_;
-    first_ += begin;
-    rest_ = begin + static_cast<int>(in_runs) + block;
-    count_ = run_ + max(0, (end - rest_ + blocks - 1) / blocks);
-    next_ = 0;
+    ahead_.first = static_cast<int>(in_runs * block / blocks);
+    ahead_.run = static_cast<int>(in_runs * (block + 1) / blocks) - ahead_.first;
+    ahead_.first += begin;
+    ahead_.rest = begin + static_cast<int>(in_runs) + block;
+    ahead_.count = ahead_.run + max(0, (end - ahead_.rest + blocks - 1) / blocks);
+    ahead_.places = Places();
+    if (params_.merging.phases > 0) ahead_.places = Phase(params_, phase_).places;
+    if (ahead_.count > 0) ahead_.look_up(params_, lane_);
   }
 
   const AttendForwardParams& params_;
-  int lane_;
-  int first_, run_, rest_;    // of all items: the first of the run, how many, the first of the rest
-  int next_ = 0, count_ = 0;  // of the thread block's
-  int next_list_ = params_.lists;  // the first of the next head
-  Item mine_;
+  int lane_, phases_;
+  Share now_, ahead_;
+  int next_ = 0, phase_ = 0;  // the next item, and phase
+  bool looked_up_ = false;    // the next phase
 };
 
 // The warp that copies a consumer's rows of q.
@@ -144,35 +175,37 @@ class RowLoader {
     Run run(params_);
     Item item;
     int list = -1, changes = 0, tiles = 0;
-    while (run.next(item)) {
-      changes += item.list != list;
-      list = item.list;
-      for (int begin = 0; begin < item.rows; begin += kTileRows) {
-        if (tiles++ % kConsumers == consumer_) {
-          next({item.row + begin, min(item.rows - begin, kTileRows), changes,
-                item.begin < 0 ? -1 : item.begin + begin},
-               item.head, item.first + begin);
+    while (run.next_phase()) {
+      while (run.next(item)) {
+        changes += item.list != list;
+        list = item.list;
+        for (int begin = 0; begin < item.rows; begin += kTileRows) {
+          if (tiles++ % kConsumers == consumer_) {
+            next({item.row + run.shift(item) + begin, min(item.rows - begin, kTileRows), changes,
+                  item.begin < 0 ? -1 : item.begin + begin},
+                 item.row + begin, item.head, item.first + begin);
+          }
         }
       }
+      next({0, 0, changes, -1}, 0, 0, 0);
     }
-    if (pending_.rows > 0) load();
-    pending_.rows = 0;  // and the last one's rows once more
-    pending_.keys = changes;
     load();
   }
 
  private:
   // Looks up where the rows of a tile are, and copies those of the tile before, for which this has
-  // been done. first: the number of the first row, if they are own ones.
-  __device__ void next(const Tile& tile, int head, uint32_t first) {
+  // been done. entry: its first one; first: the number of the first row, if they are own ones.
+  __device__ void next(const Tile& tile, int entry, int head, uint32_t first) {
     uint32_t rows[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
       const int row = min(lane_ + i * 32, tile.rows - 1);
-      rows[i] =
-          tile.begin < 0 ? static_cast<uint32_t>(params_.entries[tile.row + row]) : first + row;
+      rows[i] = first + row;
+      if (tile.begin < 0 && tile.rows > 0) {
+        rows[i] = static_cast<uint32_t>(params_.entries[entry + row]);
+      }
     }
-    if (pending_.rows > 0) load();
+    if (pending_.rows >= 0) load();
     pending_ = tile;
     head_ = head;
 #pragma unroll
@@ -186,6 +219,10 @@ class RowLoader {
       store_shared(shared_ + Layout::kTiles + consumer_ * sizeof(Tile), pending_.row, pending_.rows,
                    pending_.keys, pending_.begin);
       arrive(full);
+    }
+    if (pending_.rows == 0) {
+      arrive(full);
+      return;
     }
     constexpr int kAtOnce = 32 / kVectors;  // rows
     const int vector = lane_ % kVectors, first = lane_ / kVectors;
@@ -211,8 +248,8 @@ class RowLoader {
   const AttendForwardParams& params_;
   uint32_t shared_;
   int consumer_, lane_;
-  uint32_t parity_ = 0;  // of the phase in which the place was last free
-  Tile pending_{0, 0, 0, -1};
+  uint32_t parity_ = 0;                       // of the phase in which the place was last free
+  Tile pending_{0, -1, 0, -1};                // none yet
   uint32_t head_ = 0, rows_[kLaneRows] = {};  // of it: rows lane, lane + 32, ... or their entries
 };
 
@@ -232,26 +269,31 @@ class KeyLoader {
     Run run(params_);
     Item item;
     int list = -1;
-    while (run.next(item)) {
-      if (item.list == list) continue;
-      list = item.list;
-      wait(keys_.empty_barrier(), keys_.parity() ^ 1);
-      const uint32_t to = shared_ + keys_.stage() * 2 * Layout::kKeyBytes;
-      if (lane_ == 0) {
-        store_shared(shared_ + Layout::kKeysOf + keys_.stage() * sizeof(Keys), item.keys,
-                     item.offset);
+    while (run.next_phase()) {
+      while (run.next(item)) {
+        if (item.list != list) load(item);
+        list = item.list;
       }
-      const int head = params_.head_begin + item.head;
-      const int box = static_cast<int>(params_.problem.block_size);
-      copy_keys<kDim, kKeys>(to, params_.k, params_.k_map, head, item.key, item.keys, box,
-                             keys_.full_barrier());
-      copy_keys<kDim, kKeys>(to + Layout::kKeyBytes, params_.v, params_.v_map, head, item.key,
-                             item.keys, box, keys_.full_barrier());
-      keys_.advance();
     }
   }
 
  private:
+  __device__ void load(const Item& item) {
+    wait(keys_.empty_barrier(), keys_.parity() ^ 1);
+    const uint32_t to = shared_ + keys_.stage() * 2 * Layout::kKeyBytes;
+    if (lane_ == 0) {
+      store_shared(shared_ + Layout::kKeysOf + keys_.stage() * sizeof(Keys), item.keys,
+                   item.offset);
+    }
+    const int head = params_.head_begin + item.head;
+    const int box = static_cast<int>(params_.problem.block_size);
+    copy_keys<kDim, kKeys>(to, params_.k, params_.k_map, head, item.key, item.keys, box,
+                           keys_.full_barrier());
+    copy_keys<kDim, kKeys>(to + Layout::kKeyBytes, params_.v, params_.v_map, head, item.key,
+                           item.keys, box, keys_.full_barrier());
+    keys_.advance();
+  }
+
   const MappedParams& params_;
   uint32_t shared_;
   Ring<kKeyStages> keys_;
@@ -269,7 +311,9 @@ class Consumer {
         shared_(shared),
         index_(index),
         warp_(threadIdx.x % kGroupThreads / 32),
-        lane_(threadIdx.x % 32) {}
+        lane_(threadIdx.x % 32),
+        merger_(params, shared + Layout::kOut + (index * 4 + warp_) * Layout::kOutBytes,
+                shared + Layout::kCounters) {}
 
   __device__ void run() {
     for (uint32_t parity = 0;; parity ^= 1) {
@@ -281,7 +325,10 @@ class Consumer {
       load_q(q);
       release(Layout::kQEmpty + index_ * 8);
       while (changes_ < tile.keys) change_keys();
-      if (tile.rows == 0) break;
+      if (tile.rows == 0) {
+        if (merger_.end_phase()) continue;
+        break;
+      }
       float s[kKeys / 2], out[kDim / 2], max[2], sum[2];
       uint32_t p[kKeys / 16][4];
       scores(q, s);
@@ -315,7 +362,7 @@ class Consumer {
   }
 
   // S = q k^T
-  __device__ void scores(const uint32_t (&q)[kDim / 16][4], float (&s)[kKeys / 2]) const {
+  __device__ void scores(const uint32_t (&q)[kDim / 16][4], float (&s)[kKeys / 2]) {
     const uint32_t k = keys_at_;
     fence_wgmma();
 #pragma unroll
@@ -323,6 +370,7 @@ class Consumer {
       mma_rows<T>(s, q[i], descriptor(k + i / 4 * kKeys * 128 + i % 4 * 32, 0), i > 0);
     }
     commit_wgmma();
+    merger_.fetch();
     wait_wgmma<0>();
     hold(s);
   }
@@ -381,7 +429,7 @@ class Consumer {
   }
 
   // out = P v
-  __device__ void values(const uint32_t (&p)[kKeys / 16][4], float (&out)[kDim / 2]) const {
+  __device__ void values(const uint32_t (&p)[kKeys / 16][4], float (&out)[kDim / 2]) {
     const uint32_t v = keys_at_ + Layout::kKeyBytes;
     fence_wgmma();
 #pragma unroll
@@ -389,6 +437,7 @@ class Consumer {
       mma<T>(out, p[i], descriptor(v + i * 16 * 128, kKeys * 128), i > 0);
     }
     commit_wgmma();
+    merger_.add();
     wait_wgmma<0>();
     hold(out);
   }
@@ -450,6 +499,7 @@ class Consumer {
   int changes_ = 0;  // of keys, up to here
   uint32_t keys_at_ = 0;
   Keys keys_;
+  RowMerger<T, kDim, kConsumers * 4> merger_;
 };
 
 template <typename T, int kDim, int kKeys, bool kWhole>
@@ -469,6 +519,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared + Layout::kKeyEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
     }
     fence_barrier_init();
+    for (int i = 0; i < kPhaseCounters; ++i) store_shared(shared + Layout::kCounters + i * 4, 0u);
   }
   clear_short_tiles(shared, Layout::kQ, params.problem, kKeys);
   __syncthreads();
@@ -492,14 +543,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kDim, int kKeys, bool kWhole>
 cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
   return launch_persistent(attend_forward_tile_kernel<T, kDim, kKeys, kWhole>, kThreads,
-                           Shared<kDim, kKeys>::kBytes, params, stream);
+                           Shared<kDim, kKeys>::kBytes, params, stream, params.merging.phases > 0);
 }
 
 inline cudaError_t map_out(const AttendForwardParams& params, CUtensorMap& map) {
   const Problem& problem = params.problem;
-  const int64_t own_rows = uint32_t{params.heads} * problem.tokens_q * problem.group();
+  const Merging& merging = params.merging;
+  int64_t rows = params.own_begin + uint32_t{params.heads} * problem.tokens_q * problem.group();
+  if (merging.phases > 0) rows = int64_t{merging.buffers} * buffer_rows(params);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(problem.head_dim),
-                              static_cast<cuuint64_t>(params.own_begin + own_rows)};
+                              static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {sizes[0] * 2};
   const cuuint32_t box[] = {64, kWarpRows};
   return encode_map(map, problem.dtype, 2, params.part_out, sizes, strides, box);
@@ -510,6 +563,11 @@ cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream)
   MappedParams params;
   cudaError_t error = map_keys(of_call, params);
   if (error == cudaSuccess) error = map_out(of_call, params.out_map);
+  const Merging& merging = params.merging;
+  if (error == cudaSuccess && merging.phases > 0) {
+    const size_t bytes = 2 * sizeof(int32_t) * merging.phases;
+    error = cudaMemsetAsync(merging.counters, 0, bytes, stream);
+  }
   if (error != cudaSuccess) return error;
   return params.problem.block_size == kKeys ? launch<T, kDim, kKeys, true>(params, stream)
                                             : launch<T, kDim, kKeys, false>(params, stream);

@@ -146,10 +146,14 @@ struct Routed {
   int32_t* workspace;
   int64_t entries, lists;
 
-  Routed(const Call& call, const Group& group, bool by_head, bool every_list, bool own_first) {
+  // range_queries: as Routes has it.
+  Routed(const Call& call, const Group& group, bool by_head, bool every_list, bool own_first,
+         int64_t range_queries = 0) {
     const Problem& problem = call.problem();
     entries = call.rows(group) * problem.slots;
     lists = group.heads() * problem.num_blocks;
+    if (range_queries > 0) lists *= ceil_div(group.queries(), range_queries);
+    routes.range_queries = range_queries;
     routes.segment_rows = call.plan.segment_rows;
     routes.by_head = by_head;
     routes.every_list = every_list;
@@ -168,7 +172,7 @@ struct Routed {
     routes.segment_offsets = arrays.take<int32_t>(lists + 1);
     routes.segment_lists = arrays.take<int32_t>(routes.max_segments);
     routes.cu_rows = arrays.take<int32_t>(routes.max_segments + 1);
-    workspace = arrays.take<int32_t>(route_workspace(call.problem(), group));
+    workspace = arrays.take<int32_t>(route_workspace(call.problem(), group, routes.range_queries));
   }
 
   void run(const Call& call, const Group& group, const int32_t* ids, RoutedRows& of_group) {
@@ -202,14 +206,79 @@ MergeParams merge_params(const Call& call, const Group& group, const Routed& rou
   return params;
 }
 
+// A group's rows attended, then merged.
+void attend_and_merge(const Call& call, const Group& group, const Tensor& q, const Tensor& ids,
+                      const Tensor& out, const Tensor& lse) {
+  const Problem& problem = call.problem();
+  const int64_t q_bytes = call.rows(group) * problem.head_dim * 2;
+  const int64_t own_rows = group.heads() * problem.tokens_q * problem.group();
+  Routed routed(call, group, /*by_head=*/q_bytes > kL2Bytes, /*every_list=*/false,
+                /*own_first=*/true);
+  auto params = call.of_call<AttendForwardParams>();
+  const int64_t rows = routed.entries + own_rows;
+  MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
+  const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
+    routed.lay_out(arrays, call, group);
+    params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
+    params.part_lse = arrays.take<float>(rows);
+    params.next = arrays.take<int32_t>(1);
+  });
+  routed.run(call, group, data_of<int32_t>(ids), params);
+  params.own_begin = static_cast<int32_t>(routed.entries);
+  STD_CUDA_CHECK(attend_forward(params, call.stream));
+  const void* const own =
+      static_cast<uint16_t*>(params.part_out) + routed.entries * problem.head_dim;
+  MergeParams parts = merge_params(call, group, routed, params.part_out, own, out);
+  parts.part_lse = params.part_lse;
+  parts.own_lse = params.part_lse + routed.entries;
+  parts.lse = mutable_data_of<float>(lse);
+  STD_CUDA_CHECK(merge(parts, call.stream));
+}
+
+// The heads of a group, all of their queries, in phases of queries_per_group, rows of one merged
+// while the next is attended.
+void attend_merging(const Call& call, const Group& group, const Tensor& q, const Tensor& ids,
+                    const Tensor& out, const Tensor& lse) {
+  const Problem& problem = call.problem();
+  MOBA_CHECK(problem.block_size <= kKeyTile && problem.slots < kMergedParts,
+             "merging wants blocks of at most ", kKeyTile, " keys and less than ", kMergedParts,
+             " slots, got ", problem.block_size, " and ", problem.slots);
+  const int64_t range = std::min(call.plan.queries_per_group, group.queries());
+  const int64_t ranges = ceil_div(group.queries(), range), phases = group.heads() * ranges;
+  const int64_t buffers = std::min<int64_t>(phases, 3);
+  const int64_t rows = buffers * range * problem.group() * (problem.slots + 1);
+  MOBA_CHECK(rows <= INT32_MAX && phases <= INT32_MAX && call.rows(group) <= INT32_MAX,
+             "a group has 2^31 rows or more");
+  Routed routed(call, group, /*by_head=*/true, /*every_list=*/false, /*own_first=*/true, range);
+  auto params = call.of_call<AttendForwardParams>();
+  Merging& merging = params.merging;
+  const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
+    routed.lay_out(arrays, call, group);
+    params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
+    params.part_lse = arrays.take<float>(rows);
+    merging.counters = arrays.take<int32_t>(2 * phases);
+  });
+  routed.run(call, group, data_of<int32_t>(ids), params);
+  merging.ranges = Divisor(static_cast<uint32_t>(ranges));
+  merging.head_rows = Divisor(static_cast<uint32_t>(group.queries() * problem.group()));
+  merging.range_queries = static_cast<uint32_t>(range);
+  merging.phases = static_cast<int32_t>(phases);
+  merging.buffers = static_cast<int32_t>(buffers);
+  merging.positions = routed.routes.positions;
+  merging.out = mutable_rows_of(out);
+  merging.lse = mutable_data_of<float>(lse);
+  STD_CUDA_CHECK(attend_forward(params, call.stream));
+}
+
 // gate_q and q [Tq, Hq, D], equal but for a sign that softmax_scale has lost, k, v [Tk, Hk, D] ->
-// out [Tq, Hq, D], lse float32 [Hq, Tq], block_ids int32 [Tq, Hq, K].
+// out [Tq, Hq, D], lse float32 [Hq, Tq], block_ids int32 [Tq, Hq, K]. merging: the rows of
+// queries_per_group are merged while the next ones are attended.
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Tensor v,
                                            Tensor cu_seqlens_q, Tensor cu_seqlens_k,
                                            int64_t max_seqlen_q, int64_t max_seqlen_k,
                                            int64_t block_size, int64_t topk, double softmax_scale,
                                            int64_t segment_rows, int64_t heads_per_group,
-                                           int64_t queries_per_group) {
+                                           int64_t queries_per_group, bool merging) {
   MOBA_CHECK(block_size >= 1 && topk >= 1, "block_size and topk must be at least 1, got ",
              block_size, " and ", topk);
   const DeviceGuard guard(q.get_device_index());
@@ -240,34 +309,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
   };
 
   if (problem.slots > 0) select_blocks();
-  for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
-    Group group{head, call.last_head(head), 0, 0};
-    const int64_t own_rows = group.heads() * tokens_q * problem.group();
-    for (int64_t query = 0; query < tokens_q; query = call.last_query(query)) {
+  const int64_t heads = tokens_q > 0 ? problem.heads_k : 0;
+  for (int64_t head = 0; head < heads; head = call.last_head(head)) {
+    Group group{head, call.last_head(head), 0, tokens_q};
+    if (merging) {
+      attend_merging(call, group, q, ids, out, lse);
+      continue;
+    }
+    for (int64_t query = 0; query < tokens_q; query = group.query_end) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      const int64_t q_bytes = call.rows(group) * problem.head_dim * 2;
-      Routed routed(call, group, /*by_head=*/q_bytes > kL2Bytes, /*every_list=*/false,
-                    /*own_first=*/true);
-      auto params = call.of_call<AttendForwardParams>();
-      const int64_t rows = routed.entries + own_rows;
-      MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
-      const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
-        routed.lay_out(arrays, call, group);
-        params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
-        params.part_lse = arrays.take<float>(rows);
-        params.next = arrays.take<int32_t>(1);
-      });
-      routed.run(call, group, data_of<int32_t>(ids), params);
-      params.own_begin = static_cast<int32_t>(routed.entries);
-      STD_CUDA_CHECK(attend_forward(params, call.stream));
-      const void* const own =
-          static_cast<uint16_t*>(params.part_out) + routed.entries * problem.head_dim;
-      MergeParams parts = merge_params(call, group, routed, params.part_out, own, out);
-      parts.part_lse = params.part_lse;
-      parts.own_lse = params.part_lse + routed.entries;
-      parts.lse = mutable_data_of<float>(lse);
-      STD_CUDA_CHECK(merge(parts, call.stream));
+      attend_and_merge(call, group, q, ids, out, lse);
     }
   }
   return {out, lse, ids};
@@ -393,7 +445,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
 STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
   m.def("sm90_forward(Tensor gate_q, Tensor q, Tensor k, Tensor v, " MOBA_SEQUENCES
         "SymInt block_size, SymInt topk, " MOBA_PLAN
-        ") -> (Tensor out, Tensor lse, Tensor block_ids)");
+        ", bool merging) -> (Tensor out, Tensor lse, Tensor block_ids)");
   m.def(
       "sm90_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, Tensor block_ids, " MOBA_SEQUENCES "SymInt block_size, " MOBA_PLAN

@@ -158,12 +158,26 @@ inline __device__ void copy_tensor(uint32_t to_shared, const CUtensorMap& map, i
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
-// The other way, two-dimensional, of a bulk group of this thread.
+// What is written and read once leaves L2 before what is not.
+inline __device__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// The other way, two-dimensional, of a bulk group of this thread; by evict_first().
 inline __device__ void store_tensor(const CUtensorMap& map, int x, int y, uint32_t from_shared) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-          &map),
-      "r"(x), "r"(y), "r"(from_shared)
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint "
+      "[%0, {%1, %2}], [%3], %4;" ::"l"(&map),
+      "r"(x), "r"(y), "r"(from_shared), "l"(evict_first())
+      : "memory");
+}
+// As copy_async of 16 bytes, by evict_first().
+inline __device__ void copy_async_once(uint32_t to_shared, const void* from, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.eq.b32 p, %2, 0; "
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, p, %3; }" ::"r"(to_shared),
+      "l"(from), "r"(static_cast<uint32_t>(valid)), "l"(evict_first())
       : "memory");
 }
 // Bulk copies from shared to global memory, for one thread: float32 may be added to what is there.
@@ -190,10 +204,23 @@ inline __device__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" 
 inline __device__ void store_release(int32_t* to, int32_t value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
+inline __device__ void add_release(int32_t* to, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
 inline __device__ int32_t load_acquire(const int32_t* from) {
   int32_t value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
+}
+
+// Counts to `most` and starts again, for the threads of a thread block; what stood there.
+inline __device__ uint32_t count_shared(uint32_t counter, uint32_t most) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(counter), "r"(most)
+               : "memory");
+  return before;
 }
 
 template <int kRegisters>

@@ -42,7 +42,7 @@ struct Ring {
 
 // The block of a list.
 struct BlockOfList : TableBlock {
-  int head;  // KV head, from the group's first on
+  int head;  // KV head, from the group's first on; with merging, range of all heads'
 
   // A short last block is in no list of the gate's; whose it is, nothing behind it is read.
   __device__ BlockOfList(const RoutedRows& routed, uint32_t list) {
@@ -65,7 +65,8 @@ struct BlockOfList : TableBlock {
 struct Item {
   int list = -1;        // items of the same one have the same keys
   int head, key, keys;  // as BlockOfList's
-  int row, rows = 0;    // the first row's place in what is written, and how many
+  int row, rows = 0;    // the first row's place in what is written, and how many; of own rows, with
+                        // merging, its number among the group's
   int begin, offset;    // of own rows: the first, from the block's own first on, and the last key
                         // that this one sees; else begin is -1
   uint32_t first;       // of own rows: the first one's number among the group's
@@ -78,11 +79,20 @@ struct Item {
     rows = params.cu_rows[segment + 1] - row;
     begin = -1;
     const BlockOfList block(params, list);
-    head = block.head;
+    const Merging& merging = params.merging;
+    const auto list_head = static_cast<uint32_t>(block.head);  // counts ranges too, if any
+    const uint32_t head_k = merging.phases > 0 ? list_head / merging.ranges : list_head;
+    head = static_cast<int>(head_k);
     key = block.key;
     keys = block.keys;
     if (rows > 0) return;
-    const OwnQueries own = block.own_queries(params);
+    int query_begin = static_cast<int>(params.query_begin);
+    int query_end = query_begin + static_cast<int>(params.queries);
+    if (merging.phases > 0) {
+      query_begin += (list_head - head_k * merging.ranges) * merging.range_queries;
+      query_end = min(query_begin + static_cast<int>(merging.range_queries), query_end);
+    }
+    const OwnQueries own(params.problem, block, query_begin, query_end);
     const int group = static_cast<int>(uint32_t{params.group});
     begin = (segment - params.segment_offsets[list]) * kSegmentRows;
     rows = min(own.count() * group - begin, kSegmentRows);
@@ -92,6 +102,7 @@ struct Item {
     const int before =
         head * static_cast<int>(params.queries) - static_cast<int>(params.query_begin);
     first = (before + own.begin) * group + begin;
+    if (merging.phases > 0) row = static_cast<int>(first);
   }
 };
 
@@ -155,10 +166,20 @@ __device__ uint32_t pack(float low, float high) {
   }
 }
 
+template <typename T>
+__device__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+  } else {  // __bfloat162float takes an instruction more
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+}
+
 // One thread block per multiprocessor, of a GPU that has wgmma.
+// together: all of them at once, as they wait for each other.
 template <typename Params>
 cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_bytes,
-                              const Params& params, cudaStream_t stream) {
+                              const Params& params, cudaStream_t stream, bool together = false) {
   int device = 0, processors = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
   for (const auto& [value, attribute] : {std::pair{&processors, cudaDevAttrMultiProcessorCount},
@@ -171,8 +192,17 @@ cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_by
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(processors), threads, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(processors));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = together ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace moba::cuda::sm90
