@@ -40,17 +40,22 @@ def assert_same_selection(case: Case, inputs) -> None:
     assert torch.equal(results[0].ids, results[1].ids)
 
 
+@pytest.fixture
+def set_phases(monkeypatch):
+    """Sets how many parts a phase has at least, of calls whose rows the kernel that attends merges;
+    a call with less than a quarter of them has none."""
+
+    def set_parts(parts: int) -> None:
+        monkeypatch.setattr(sm90, "PHASE_PARTS", parts)
+        sm90._plan.cache_clear()
+
+    yield set_parts
+    sm90._plan.cache_clear()
+
+
 @pytest.fixture(params=[1, 2**12])
-def phases(request, monkeypatch):
-    """Rows are merged by the kernel that attends, at any size, in phases of so many parts."""
-    set_phases(monkeypatch, request.param)
-    yield
-    sm90._plan.cache_clear()
-
-
-def set_phases(monkeypatch, parts: int) -> None:
-    monkeypatch.setattr(sm90, "PHASE_PARTS", parts)
-    sm90._plan.cache_clear()
+def phases(request, set_phases) -> None:
+    set_phases(request.param)
 
 
 MERGED = [
@@ -71,20 +76,19 @@ def plan_of(case: Case) -> groups.Plan:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", MERGED)
-def test_merging_equals_merge(case, dtype, monkeypatch, poisoned):
+def test_merging_equals_merge(case, dtype, set_phases, poisoned):
     """The same bits as of two kernels, a hundred times, with one phase and with many."""
     inputs, sizes = random_inputs(case, dtype), (case.max_seqlen_q, case.max_seqlen_k)
     sizes = *case.cu_seqlens(DEVICE), *sizes, case.block_size, case.topk, None, "sm90"
-    set_phases(monkeypatch, 2**40)
+    set_phases(2**40)
     assert not plan_of(case).merging
     wanted = torch.ops.moba.attention(*inputs, *sizes)
     for parts in (1, 2**8, 2**9, 2**11):
-        set_phases(monkeypatch, parts)
+        set_phases(parts)
         assert plan_of(case).merging
         for _ in range(25):
             got = torch.ops.moba.attention(*inputs, *sizes)
             assert all(torch.equal(x, y) for x, y in zip(got, wanted))
-    sm90._plan.cache_clear()
 
 
 @pytest.mark.parametrize("case", MERGED)
