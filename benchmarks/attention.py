@@ -326,8 +326,8 @@ def tables() -> str:
         f"bfloat16, head_dim {HEAD_DIM}, one causal sequence; `python benchmarks/attention.py`. "
         "Forward includes the gate and saves what the backward needs; dense is PyTorch's full "
         "causal attention by cuDNN; extra GB is the peak of memory beyond inputs and results. "
-        "Stages of groups that run at once overlap and add up to more than the time; attend of sm90 "
-        "includes the merge where block_size is at most 128 and rows are many."
+        "Stages of groups that run at once overlap and add up to more than the time; attend of "
+        "sm90 includes the merge where block_size is at most 128 and rows are many."
     )
     return "\n\n".join([intro, *(table(results) for results in committed.values())])
 
