@@ -94,12 +94,14 @@ def test_merging_equals_merge(case, dtype, set_phases, poisoned):
 @pytest.mark.parametrize("case", MERGED)
 @pytest.mark.parametrize("kind", ["random", "hot"])
 def test_merged_rows(case, kind, phases, poisoned):
+    assert plan_of(case).merging
     check(case, INPUTS[kind](case, torch.bfloat16))
 
 
-def test_merging_on_two_streams(phases):
+def test_merging_on_several_streams(phases):
     """Kernels whose thread blocks wait for each other don't wait for another call's."""
     case = self_attention(6000, 8, 4, 128, 128, 8)
+    assert plan_of(case).merging
     inputs, sizes = random_inputs(case, torch.bfloat16), (case.max_seqlen_q, case.max_seqlen_k)
     sizes = *case.cu_seqlens(DEVICE), *sizes, case.block_size, case.topk, None, "sm90"
     wanted = torch.ops.moba.attention(*inputs, *sizes)
@@ -228,7 +230,8 @@ def test_a_million_tokens():
 
 
 @pytest.mark.parametrize("values", INVALID)
-def test_invalid_offsets_give_nan_where_rows_are_merged_along(values, phases, poisoned):
+def test_invalid_offsets_give_nan_where_rows_are_merged_along(values, set_phases, poisoned):
+    set_phases(1)  # with 600 parts, more would leave them to merge
     test_invalid_offsets_give_nan(values, 3, None)
 
 
@@ -339,7 +342,8 @@ def test_threads_with_calls_of_different_sizes(backend):
         self_attention(3000, 4, 2, 128, block_size, topk)
         for block_size, topk in ((512, 3), (16, 100), (16, 40), (128, 8), (4, 5))
     ]
-    cases.append(self_attention(9000, 4, 2, 128, 128, 8))  # its rows are merged along
+    cases.append(self_attention(9000, 4, 2, 128, 128, 8))
+    assert plan_of(cases[-1]).merging
     calls = [(case, random_inputs(case, torch.bfloat16)) for case in cases]
     calls = [(*call, upstream(call[0], torch.bfloat16)) for call in calls]
     wanted = [flash_checks.run(*call, backend=backend) for call in calls]
