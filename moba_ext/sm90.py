@@ -196,9 +196,10 @@ def planned_sizes(**sizes: int) -> dict:
             ranges = phases // heads
         else:
             entries, segments = call.counts(heads, queries, plan.segment_rows)
-            rows = entries + own_rows
+            rows = entries + (0 if several_tiles else own_rows)
             if not backward:  # own blocks have segments of their own
                 segments += lists + groups.ceil_div(heads * queries * group, plan.segment_rows)
+                lists *= 2 if several_tiles else 1
         table = _C.route_table(heads * ranges, queries * group * slots, num_blocks)
         lengths = entries, entries, lists + 1, lists + 1, segments, segments + 1
         routed = [4 * length for length in (*lengths, table)]
@@ -213,7 +214,8 @@ def planned_sizes(**sizes: int) -> dict:
         else:
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
             gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
-            routed += [rows * row, 4 * rows, 4 * (2 * phases if plan.merging else 1)]
+            counters = 2 * phases if plan.merging else 1 + heads if several_tiles else 1
+            routed += [rows * row, 4 * rows, 4 * counters]
             held.append(of_call + max(gate, _arrays(*routed)))
     forward = plans[0]
     queries = tokens_q if forward.merging else forward.queries_per_group

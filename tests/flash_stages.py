@@ -70,7 +70,13 @@ class Call(NamedTuple):
         return reference.query_positions(*self.cu_seqlens)[1] >= 0
 
     def route(
-        self, group: Group, segment_rows: int, every_list=False, own_first=False, range_queries=0
+        self,
+        group: Group,
+        segment_rows: int,
+        every_list=False,
+        own_first=False,
+        range_queries=0,
+        own_apart=False,
     ):
         """entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys."""
         cu_seqlens_q, cu_seqlens_k, cu_blocks = self.sequences
@@ -78,11 +84,17 @@ class Call(NamedTuple):
         return torch.ops.moba.flash_route(
             *(self.ids.to(DEVICE), cu_seqlens_q, cu_blocks, self.tokens_k, case.heads_k),
             *(case.block_size, segment_rows, *group, every_list, own_first, cu_seqlens_k),
-            range_queries,
+            *(range_queries, own_apart),
         )
 
     def wanted_route(
-        self, group: Group, segment_rows: int, every_list=False, own_first=False, range_queries=0
+        self,
+        group: Group,
+        segment_rows: int,
+        every_list=False,
+        own_first=False,
+        range_queries=0,
+        own_apart=False,
     ):
         """The same, of entries those that are used."""
         cu_blocks = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)
@@ -97,11 +109,16 @@ class Call(NamedTuple):
         queries = torch.arange(group.query_end - group.query_begin)
         ranges = max(-(-queries.numel() // range_queries), 1) if range_queries else 1
         query_range = queries // max(range_queries, 1) if range_queries else queries * 0
-        lists = head.shape[0] * ranges * self.num_blocks
+        sections = all_ranges = head.shape[0] * ranges
+        if own_apart:  # of entries 0, 1, 3, 5, ..., the others of own queries
+            sections *= 2
+        lists = sections * self.num_blocks
         chosen = (ids >= 0) & (ids < blocks)
         if range_queries:
-            of_query = head * ranges + query_range[None, :, None, None]
-            bucket = of_query * self.num_blocks + first + ids
+            section = head * ranges + query_range[None, :, None, None]
+            if own_apart:
+                section = (2 * section - 1).clamp(min=0)
+            bucket = section * self.num_blocks + first + ids
         else:
             bucket = (first + ids) * head.shape[0] + head
         bucket = torch.where(chosen, bucket, lists).reshape(-1)
@@ -111,7 +128,7 @@ class Call(NamedTuple):
         positions = torch.full((ids.numel(),), -1)
         positions[entries] = torch.arange(entries.numel())
         own = torch.zeros(ranges * self.num_blocks, dtype=torch.long)  # queries of a head
-        if own_first:
+        if own_first or own_apart:
             position = reference.query_positions(*self.cu_seqlens)[1]
             block = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)[sequence]
             block += position.clamp(min=0) // self.case.block_size
@@ -121,13 +138,20 @@ class Call(NamedTuple):
         heads = head.shape[0]
         own = own.repeat(heads) if range_queries else own.repeat_interleave(heads)
         own = -(-own * ids.shape[2] // segment_rows)
+        if own_apart:
+            section = (2 * torch.arange(all_ranges) + 2).clamp(max=sections - 1)
+            of_ranges, own = own.view(-1, self.num_blocks), own.new_zeros(sections, self.num_blocks)
+            own[section] = of_ranges
+            own = own.view(-1)
         counts = own - (-offsets.diff() // segment_rows)
         counts = counts.clamp(min=int(every_list))
         segment_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         used = int(segment_offsets[-1])
         most = lists - (-ids.numel() // segment_rows)
+        if own_first or own_apart:
+            most -= -ids.shape[:3].numel() // segment_rows
         if own_first:
-            most += lists - (-ids.shape[:3].numel() // segment_rows)
+            most += lists
         segment_lists = torch.full((most,), -1)
         segment_lists[:used] = torch.arange(lists).repeat_interleave(counts)
         cu_rows = torch.full((most + 1,), entries.numel())

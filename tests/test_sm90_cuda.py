@@ -98,10 +98,50 @@ def test_merged_rows(case, kind, phases, poisoned):
     check(case, INPUTS[kind](case, torch.bfloat16))
 
 
+# Blocks of more keys than a tile, with 0 to 15 parts for a row.
+LARGE = [
+    self_attention([2000, 0, 65, 1, 830], 4, 2, 128, 192, 3),
+    self_attention(5000, 4, 4, 64, 256, 8),
+    self_attention(3000, 16, 1, 128, 512, 2),
+    self_attention(4000, 2, 2, 128, 1000, 1),
+    Case([5, 0, 2000, 1, 400], [900, 7, 2400, 0, 250], 6, 2, 128, 144, 16),
+    Case([900, 9], [700, 300], 2, 1, 64, 136, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("kind", ["random", "hot"])
+def test_own_blocks_that_begin_with_parts(kind, case, dtype, poisoned):
+    """Against the reference, and the same bits a hundred times."""
+    inputs = INPUTS[kind](case, dtype)
+    first = check(case, inputs)
+    sizes = case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk, None, "sm90"
+    for _ in range(100):
+        again = torch.ops.moba.attention(*inputs, *case.cu_seqlens(DEVICE), *sizes)
+        assert all(torch.equal(x, y) for x, y in zip(again, (first.out, first.lse, first.ids)))
+
+
+@pytest.mark.parametrize("values", [[0, 900], [1, 2000], [0, 2100, 2000], [0, -5, 2000]])
+def test_invalid_offsets_give_nan_with_large_blocks(values, poisoned):
+    case = self_attention([2000] + [0] * (len(values) - 2), 4, 2, 64, 192, 3)
+    cu_seqlens = (torch.tensor(values, dtype=torch.int32, device=DEVICE),) * 2
+    dtype = torch.bfloat16
+    wrong = run(case, random_inputs(case, dtype), upstream(case, dtype), cu_seqlens)
+    assert all(bool(x.isnan().all()) for x in wrong.numbers())
+
+
 def test_merging_on_several_streams(phases):
+    check_several_streams(self_attention(6000, 8, 4, 128, 128, 8))
+
+
+def test_large_blocks_on_several_streams():
+    check_several_streams(self_attention(6000, 8, 4, 128, 256, 4))
+
+
+def check_several_streams(case: Case) -> None:
     """Kernels whose thread blocks wait for each other don't wait for another call's."""
-    case = self_attention(6000, 8, 4, 128, 128, 8)
-    assert plan_of(case).merging
+    assert plan_of(case).merging == (case.block_size <= groups.KEY_TILE)
     inputs, sizes = random_inputs(case, torch.bfloat16), (case.max_seqlen_q, case.max_seqlen_k)
     sizes = *case.cu_seqlens(DEVICE), *sizes, case.block_size, case.topk, None, "sm90"
     wanted = torch.ops.moba.attention(*inputs, *sizes)

@@ -24,6 +24,19 @@ struct TableBlock {
   }
 };
 
+// Lists with OwnSegments::kApart: sections of num_blocks, of the entries and the own queries of
+// `heads` heads.
+inline __device__ uint32_t entries_section(uint32_t head) { return head == 0 ? 0 : 2 * head - 1; }
+inline __device__ uint32_t own_section(uint32_t head, uint32_t heads) {
+  return min(2 * head + 2, 2 * heads - 1);
+}
+inline __device__ bool is_own_section(uint32_t section, uint32_t sections) {
+  return section + 1 == sections || (section > 0 && section % 2 == 0);
+}
+inline __device__ uint32_t head_of_section(uint32_t section, bool own) {
+  return own ? (section - 1) / 2 : (section + 1) / 2;
+}
+
 // A block's own queries, of those from query_begin to query_end.
 struct OwnQueries {
   int begin, end;  // no queries where the end is not above

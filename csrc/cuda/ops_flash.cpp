@@ -114,13 +114,14 @@ std::tuple<Tensor, Tensor, Tensor> flash_metadata(Tensor cu_seqlens_q, Tensor cu
   return {cu_blocks, own_cu_q, own_cu_k};
 }
 
-// block_ids int32 [Tq, Hq, K] -> the arrays of Routes, all int32. own_first wants cu_seqlens_k.
-// range_queries above 0: lists by head, in ranges of so many queries.
+// block_ids int32 [Tq, Hq, K] -> the arrays of Routes, all int32. range_queries above 0: lists by
+// head, in ranges of so many queries. own_first, or own_apart, which wants lists by head, is
+// Routes::own, and wants cu_seqlens_k.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
     Tensor block_ids, Tensor cu_seqlens_q, Tensor cu_blocks, int64_t tokens_k, int64_t heads_k,
     int64_t block_size, int64_t segment_rows, int64_t head_begin, int64_t head_end,
     int64_t query_begin, int64_t query_end, bool every_list, bool own_first,
-    std::optional<Tensor> cu_seqlens_k, int64_t range_queries) {
+    std::optional<Tensor> cu_seqlens_k, int64_t range_queries, bool own_apart) {
   MOBA_CHECK(block_ids.dim() == 3, "block_ids must be [Tq, Hq, K]");
   check_packed(block_ids, "block_ids", ScalarType::Int, block_ids.size(0) * block_ids.size(1),
                block_ids.size(2), cu_blocks);
@@ -133,13 +134,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
   set_blocks(problem, tokens_k, block_size);
   const Group group{head_begin, head_end, query_begin, query_end};
   const int64_t rows = check_group(problem, group), entries = rows * problem.slots;
-  MOBA_CHECK(!own_first || cu_seqlens_k.has_value(), "own_first needs cu_seqlens_k");
+  const bool own = own_first || own_apart;
+  MOBA_CHECK(!own || cu_seqlens_k.has_value(), "own_first and own_apart need cu_seqlens_k");
   MOBA_CHECK(segment_rows >= 1, "segment_rows must be at least 1, got ", segment_rows);
   MOBA_CHECK(range_queries >= 0, "range_queries must be at least 0, got ", range_queries);
+  MOBA_CHECK(!own_apart || (!own_first && range_queries > 0),
+             "own_apart needs range_queries, and excludes own_first");
   int64_t lists = group.heads() * problem.num_blocks;
   if (range_queries > 0) lists *= std::max<int64_t>(ceil_div(group.queries(), range_queries), 1);
   int64_t segments = lists + ceil_div(entries, segment_rows);
-  if (own_first) segments += lists + ceil_div(rows, segment_rows);
+  if (own) segments += lists + ceil_div(rows, segment_rows);
+  if (own_apart) lists *= 2;
   MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
   MOBA_CHECK(lists < INT32_MAX && segments <= INT32_MAX / block_size,
              "the segments of a group have 2^31 keys or more");
@@ -161,7 +166,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
                       segment_rows,
                       /*by_head=*/range_queries > 0,
                       every_list,
-                      own_first,
+                      own_apart   ? OwnSegments::kApart
+                      : own_first ? OwnSegments::kFirst
+                                  : OwnSegments::kNone,
                       range_queries};
   STD_CUDA_CHECK(route(problem, group, data_of<int32_t>(block_ids), routes,
                        mutable_data_of<int32_t>(workspace), current_stream(block_ids)));
@@ -402,7 +409,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moba, m) {
       "flash_route(Tensor block_ids, Tensor cu_seqlens_q, Tensor cu_blocks, SymInt tokens_k, "
       "SymInt heads_k, SymInt block_size, SymInt segment_rows, " MOBA_GROUP
       ", bool every_list=False, bool own_first=False, Tensor? cu_seqlens_k=None, "
-      "SymInt range_queries=0) -> "
+      "SymInt range_queries=0, bool own_apart=False) -> "
       "(Tensor entries, Tensor positions, Tensor offsets, Tensor segment_offsets, "
       "Tensor segment_lists, Tensor cu_rows, Tensor cu_keys)");
   m.def(

@@ -54,11 +54,20 @@ struct Sort {
   uint32_t heads;
   uint32_t num_blocks;
   uint32_t range_step, block_step;  // between the lists of neighbouring ranges and blocks
+  bool own_apart;
 
-  __host__ __device__ int64_t lists() const { return int64_t{heads} * ranges * num_blocks; }
+  __host__ __device__ int64_t lists() const {
+    return int64_t{heads} * ranges * num_blocks * (own_apart ? 2 : 1);
+  }
   // range: of those of all heads.
   __device__ int64_t list(uint32_t range, uint32_t n) const {
+    if (own_apart) range = entries_section(range);
     return int64_t{range} * range_step + int64_t{n} * block_step;
+  }
+  // Place in tiles_kernel's lengths of the number of own segments.
+  __device__ int64_t own_length(uint32_t range, uint32_t n) const {
+    if (!own_apart) return lists() + list(range, n);
+    return int64_t{own_section(range, heads * ranges)} * num_blocks + n;
   }
   // The head's entries from a tile's first on, and where they end.
   __device__ uint32_t begin(uint32_t range, uint32_t tile_of_range) const {
@@ -113,6 +122,7 @@ Sort make_sort(const Problem& problem, const Group& group, const Routes& routes,
   sort.ranges = static_cast<uint32_t>(ranges.count);
   sort.tile = static_cast<uint32_t>(table.tile);
   sort.tiles = static_cast<uint32_t>(table.tiles);
+  sort.own_apart = routes.own == OwnSegments::kApart;
   sort.range_step = routes.by_head ? sort.num_blocks : 1;
   sort.block_step = routes.by_head ? 1 : sort.heads;
   return sort;
@@ -196,7 +206,7 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += blockDim.x) row[n] = counts[n];
 }
 
-// Segments without entries of a block's list: see Routes::own_first.
+// Segments of a block's own queries.
 __device__ int32_t own_segments(const Sort& sort, const Problem& problem, const Group& group,
                                 const Routes& routes, uint32_t range, uint32_t n) {
   if (problem.cu_blocks[0] != 0) return 0;
@@ -208,8 +218,8 @@ __device__ int32_t own_segments(const Sort& sort, const Problem& problem, const 
   return static_cast<int32_t>((rows + routes.segment_rows - 1) / routes.segment_rows);
 }
 
-// 32 lists per thread block, its warps take runs of tiles. lengths [2 * lists]: of every list the
-// entries, then of every list the segments without entries.
+// 32 lists per thread block, its warps take runs of tiles. lengths: of every list the entries, or,
+// if it has those of its own, segments; with own segments first [2 * lists], these behind them all.
 __global__ void __launch_bounds__(kTileScanWarps * 32)
     tiles_kernel(Sort sort, Problem problem, Group group, Routes routes, int32_t* table,
                  int32_t* lengths) {
@@ -245,28 +255,32 @@ __global__ void __launch_bounds__(kTileScanWarps * 32)
     }
   }
   if (warp == kTileScanWarps - 1 && inside) {
-    const int64_t list = sort.list(range, n);
-    lengths[list] = before;
-    if (routes.own_first) {
-      lengths[sort.lists() + list] = own_segments(sort, problem, group, routes, range, n);
+    lengths[sort.list(range, n)] = before;
+    if (routes.own != OwnSegments::kNone) {
+      lengths[sort.own_length(range, n)] = own_segments(sort, problem, group, routes, range, n);
     }
   }
 }
 
 // A list's entries, and in the upper half its segments.
-__device__ int64_t entries_and_segments(const Routes& routes, const int32_t* lengths, int64_t lists,
-                                        int64_t list) {
+__device__ int64_t entries_and_segments(const Routes& routes, uint32_t num_blocks,
+                                        const int32_t* lengths, int64_t lists, int64_t list) {
   const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
   const uint32_t entries = lengths[list];
+  if (routes.own == OwnSegments::kApart &&
+      is_own_section(static_cast<uint32_t>(list) / num_blocks,
+                     static_cast<uint32_t>(lists) / num_blocks)) {
+    return int64_t{entries} << 32;
+  }
   uint32_t segments = (entries + segment_rows - 1) / segment_rows;
-  if (routes.own_first) segments += lengths[lists + list];
+  if (routes.own == OwnSegments::kFirst) segments += lengths[lists + list];
   return int64_t{max(segments, uint32_t{routes.every_list})} << 32 | entries;
 }
 
 // Lengths become offsets; a thread block sums those of all lists before its own. Both sums are
 // below 2^31 and travel in one 64-bit number.
 __global__ void __launch_bounds__(kScanThreads)
-    lists_kernel(int64_t lists, Routes routes, const int32_t* lengths) {
+    lists_kernel(int64_t lists, uint32_t num_blocks, Routes routes, const int32_t* lengths) {
   __shared__ int64_t scratch[kScanThreads / 32];
   const int64_t begin = int64_t{blockIdx.x} * kScanThreads * kScanItems;
   int64_t carry = 0;
@@ -274,7 +288,7 @@ __global__ void __launch_bounds__(kScanThreads)
     int64_t earlier = 0;
 #pragma unroll 4
     for (int64_t list = threadIdx.x; list < begin; list += kScanThreads) {
-      earlier += entries_and_segments(routes, lengths, lists, list);
+      earlier += entries_and_segments(routes, num_blocks, lengths, lists, list);
     }
     block_scan<kScanThreads>(earlier, scratch, carry);
   }
@@ -286,7 +300,7 @@ __global__ void __launch_bounds__(kScanThreads)
 #pragma unroll
   for (int i = 0; i < kScanItems; ++i) {
     const int64_t list = first + i * 32;
-    sums[i] = list < lists ? entries_and_segments(routes, lengths, lists, list) : 0;
+    sums[i] = list < lists ? entries_and_segments(routes, num_blocks, lengths, lists, list) : 0;
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -535,7 +549,8 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
                                                                        table, lengths);
   }
   const int64_t scans = std::max<int64_t>(ceil_div(lists, kScanThreads * kScanItems), 1);
-  lists_kernel<<<static_cast<unsigned>(scans), kScanThreads, 0, stream>>>(lists, routes, lengths);
+  lists_kernel<<<static_cast<unsigned>(scans), kScanThreads, 0, stream>>>(lists, sort.num_blocks,
+                                                                          routes, lengths);
   const auto place = [&](auto kernel, int64_t warps, int64_t thread_blocks, int64_t bytes) {
     const int64_t segments =
         routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;

@@ -61,6 +61,12 @@ struct Group {
 cudaError_t own_blocks(const Problem& problem, int32_t* own_cu_q, int32_t* own_cu_k,
                        cudaStream_t stream);
 
+// Where route puts segments without entries, of the rows of a block's own queries: nowhere, before
+// those of the block's list, or, with lists by head, in lists of their own, NB of a head side by
+// side, which come behind the entries of the next head: lists of heads 0 and 1, own ones of head 0,
+// lists of head 2, own ones of head 1, and so on.
+enum class OwnSegments { kNone, kFirst, kApart };
+
 // Output of route. A list is cut into segments of at most segment_rows entries.
 struct Routes {
   int32_t* entries;          // [R * K] by list, ascending within a list; total = offsets[lists] set
@@ -70,13 +76,13 @@ struct Routes {
   int32_t* segment_lists;    // [max_segments] list of every segment, -1 where not used
   int32_t* cu_rows;          // [max_segments + 1] of the segments in entries, total where not used
   int32_t* cu_keys;          // [max_segments + 1] min(segment, used segments) * B; or null
-  int64_t max_segments;  // lists + ceil(R * K / segment_rows) is enough, and as much for own_first
+  int64_t max_segments;      // lists + ceil(R * K / segment_rows) is enough, and those of `own`
   int64_t segment_rows;
   bool by_head;     // lists are numbered (head_k - head_begin) * NB + n instead
   bool every_list;  // also an empty list has a segment
-  // Before those of its entries a list has segments without any, for every segment_rows rows of its
-  // block's own queries, of those of the group: lists + ceil(R / segment_rows) at most.
-  bool own_first;
+  // Segments for every segment_rows rows of a block's own queries, of those of the group: as many
+  // as blocks of heads and ceil(R / segment_rows) at most.
+  OwnSegments own;
   // With by_head, lists of ranges of so many queries, the last one shorter: they are numbered
   // ((head_k - head_begin) * ranges + range) * NB + n then. 0: all queries in one.
   int64_t range_queries;

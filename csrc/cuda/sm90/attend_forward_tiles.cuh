@@ -10,253 +10,19 @@
 // A consumer has one step's product with v under way while it works on the scores of the next.
 //
 // Segments without entries have rows of the block's own queries, each against the keys up to
-// itself.
+// itself. With merging they come after the entries of the next head: then their rows' parts, of all
+// slots, are there, and join the softmax beside the last tile of keys, slot by slot, as if each
+// were a key. They come in through the stages of q.
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
-#include "cuda/sm90/key_tiles.cuh"
+#include "cuda/sm90/attend_forward_tiles_load.cuh"
 
 namespace moba::cuda::sm90 {
 namespace forward_tiles {
-
-using MappedParams = Mapped<AttendForwardParams>;
-
-constexpr int kConsumers = 2;
-constexpr int kThreads = kGroupThreads * (1 + kConsumers);
-constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
-static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
-              (1 + kConsumers) * registers_at_launch(kThreads));
-constexpr int kRows = 64 * kConsumers;  // of a segment at most
-static_assert(kRows == kSegmentRows);
-constexpr int kKeys = kKeyTile;
-constexpr int kQStages = 3, kKeyStages = 2;
-constexpr float kLn2 = 0.6931471805599453f;
-
-// An item, for all warps.
-struct alignas(16) Work {
-  int row, rows;      // as Item's; rows 0: there are no more
-  int keys, tiles;    // of the block; tiles of them that the rows see
-  int begin, offset;  // as Item's
-  int seen;           // keys that all rows see
-  int key, head;      // as Item's
-  uint32_t first;
-
-  Work() = default;
-
-  __device__ Work(const RoutedRows& routed, const Item& item)
-      : row(item.row),
-        rows(item.rows),
-        keys(item.keys),
-        begin(item.begin),
-        offset(item.offset),
-        key(item.key),
-        head(item.head),
-        first(item.first) {
-    seen = keys;
-    int last = keys - 1;  // key that a row sees
-    if (begin >= 0) {
-      seen = offset + static_cast<int>(static_cast<uint32_t>(begin) / routed.group) + 1;
-      last = offset + static_cast<int>(static_cast<uint32_t>(begin + rows - 1) / routed.group);
-    }
-    tiles = last / kKeys + 1;
-  }
-};
-static_assert(sizeof(Work) == 48);
-
-// Bytes of dynamic shared memory, and where in it things are.
-template <int kDim>
-struct Shared {
-  static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
-  static constexpr int kQBytes = kRows * kDim * 2;
-  static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
-  static constexpr int kKeyTiles = kQStages * kQBytes;
-  static constexpr int kWork = kKeyTiles + kKeyStages * 2 * kKeyBytes;
-  static constexpr int kQFull = kWork + kQStages * sizeof(Work);  // mbarriers
-  static constexpr int kQEmpty = kQFull + kQStages * 8;
-  static constexpr int kKFull = kQEmpty + kQStages * 8;
-  static constexpr int kKEmpty = kKFull + kKeyStages * 8;
-  static constexpr int kVFull = kKEmpty + kKeyStages * 8;
-  static constexpr int kVEmpty = kVFull + kKeyStages * 8;
-  static constexpr int kWorkFull = kVEmpty + kKeyStages * 8;
-  static constexpr int kBytes = kWorkFull + kQStages * 8 + 1024;  // and to align it
-
-  // Of a stage, from the start of shared memory.
-  static __device__ uint32_t q(int stage) { return stage * kQBytes; }
-  static __device__ uint32_t k(int stage) { return kKeyTiles + stage * 2 * kKeyBytes; }
-  static __device__ uint32_t v(int stage) { return k(stage) + kKeyBytes; }
-};
-
-// The work of a stage of q, once it has been found.
-template <typename Layout>
-__device__ Work take_work(uint32_t shared, const Ring<kQStages>& q) {
-  wait(shared + Layout::kWorkFull + q.stage() * 8, q.parity());
-  const uint32_t from = shared + Layout::kWork + q.stage() * sizeof(Work);
-  const uint4 rows = load_shared(from), own = load_shared(from + 16),
-              first = load_shared(from + 32);
-  Work work;
-  work.row = static_cast<int>(rows.x);
-  work.rows = static_cast<int>(rows.y);
-  work.keys = static_cast<int>(rows.z);
-  work.tiles = static_cast<int>(rows.w);
-  work.begin = static_cast<int>(own.x);
-  work.offset = static_cast<int>(own.y);
-  work.seen = static_cast<int>(own.z);
-  work.key = static_cast<int>(own.w);
-  work.head = static_cast<int>(first.x);
-  work.first = first.y;
-  return work;
-}
-
-// The warp that finds work, and puts it beside the stage of q as soon as this is free: that what
-// was there has been read by all follows from the consumers' being through with it.
-template <int kDim>
-class Finder {
-  using Layout = Shared<kDim>;
-
- public:
-  __device__ Finder(const MappedParams& params, uint32_t shared)
-      : params_(params), shared_(shared), q_(shared + Layout::kQFull, shared + Layout::kQEmpty) {
-    last_ = params.problem.cu_blocks[0] == 0 ? params.segment_offsets[params.lists] : 0;
-  }
-
-  __device__ void run() {
-    for (;;) {
-      const Work work = next();
-      wait(q_.empty_barrier(), q_.parity() ^ 1);
-      __syncwarp();  // else the next phase may end while a late lane still waits for this one
-      if (threadIdx.x % 32 == 0) {
-        const uint32_t to = shared_ + Layout::kWork + q_.stage() * sizeof(Work);
-        store_shared(to, work.row, work.rows, work.keys, work.tiles);
-        store_shared(to + 16, work.begin, work.offset, work.seen, work.key);
-        store_shared(to + 32, work.head, static_cast<int>(work.first));
-        arrive(shared_ + Layout::kWorkFull + q_.stage() * 8);
-      }
-      if (work.rows == 0) return;
-      q_.advance();
-    }
-  }
-
- private:
-  __device__ Work next() const {
-    for (;;) {
-      int i = 0;
-      if (threadIdx.x % 32 == 0) i = atomicAdd(params_.next, 1);
-      i = __shfl_sync(~0u, i, 0);
-      if (i >= last_) return {};
-      const Item item(params_, i);
-      if (item.rows > 0) return {params_, item};
-    }
-  }
-
-  const MappedParams& params_;
-  uint32_t shared_;
-  Ring<kQStages> q_;
-  int last_;
-};
-
-// The warp that copies a consumer's rows of q.
-template <int kDim>
-class RowLoader {
-  using Layout = Shared<kDim>;
-  static constexpr int kVectors = Layout::kVectors;
-  static constexpr int kAtOnce = 32 / kVectors;  // rows
-  static constexpr int kLaneRows = 64 / 32;
-
- public:
-  __device__ RowLoader(const MappedParams& params, uint32_t shared, int consumer)
-      : params_(params),
-        shared_(shared),
-        q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
-        consumer_(consumer),
-        lane_(threadIdx.x % 32) {}
-
-  __device__ void run() {
-    for (;;) {
-      const Work work = take_work<Layout>(shared_, q_);
-      if (work.rows > consumer_ * 64) load(work);
-      arrive(q_.full_barrier());
-      if (work.rows == 0) return;
-      q_.advance();
-    }
-  }
-
- private:
-  __device__ void load(const Work& work) {
-    const uint32_t query = params_.query_begin - work.head * params_.queries;  // that of row 0
-    uint32_t of_row[kLaneRows];
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-      const int row = min(consumer_ * 64 + i * 32 + lane_, work.rows - 1);
-      const uint32_t number =
-          work.begin < 0 ? static_cast<uint32_t>(params_.entries[work.row + row]) / params_.slots
-                         : work.first + row;
-      const RowPlace place = RowPlace::in_order(params_, work.head, query, number);
-      of_row[i] = params_.q.at(place.query, place.head);
-    }
-    const uint32_t to = shared_ + Layout::q(q_.stage());
-    const int vector = lane_ % kVectors, first = lane_ / kVectors;
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-#pragma unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const uint32_t from = __shfl_sync(~0u, of_row[i], first + j * kAtOnce);
-        const int row = consumer_ * 64 + i * 32 + first + j * kAtOnce;
-        copy_async(to + vector_at(kRows, row, vector), params_.q.data + from + vector, true);
-      }
-    }
-    commit_copies();
-    wait_copies<0>();
-    fence_async_proxy();
-  }
-
-  const MappedParams& params_;
-  uint32_t shared_;
-  Ring<kQStages> q_;
-  int consumer_, lane_;
-};
-
-// The warp that copies k and v, by the tensor copy engine where a tile is whole.
-template <int kDim>
-class KeyLoader {
-  using Layout = Shared<kDim>;
-
- public:
-  __device__ KeyLoader(const MappedParams& params, uint32_t shared)
-      : params_(params),
-        shared_(shared),
-        q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
-        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
-        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
-
-  __device__ void run() {
-    for (;;) {
-      const Work work = take_work<Layout>(shared_, q_);
-      if (work.rows == 0) return;
-      q_.advance();
-      for (int tile = 0; tile < work.tiles; ++tile) {
-        load(params_.k, params_.k_map, work, k_, Layout::k(k_.stage()), tile);
-        load(params_.v, params_.v_map, work, v_, Layout::v(v_.stage()), tile);
-      }
-    }
-  }
-
- private:
-  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Work& work,
-                       Ring<kKeyStages>& ring, uint32_t to, int tile) {
-    const int head = params_.head_begin + work.head, token = work.key + tile * kKeys;
-    wait(ring.empty_barrier(), ring.parity() ^ 1);
-    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, work.keys - tile * kKeys, kKeys,
-                           ring.full_barrier());
-    ring.advance();
-  }
-
-  const MappedParams& params_;
-  uint32_t shared_;
-  Ring<kQStages> q_;
-  Ring<kKeyStages> k_, v_;
-};
 
 // No branch may stand between the products of a step and the wait for them, or the compiler waits
 // before it.
@@ -264,10 +30,13 @@ template <typename T, int kDim>
 class Consumer {
   using Layout = Shared<kDim>;
 
+  static constexpr float kSlack = 8.0f;  // of P: 2^8
+
  public:
   __device__ Consumer(const AttendForwardParams& params, uint32_t shared, int index)
       : params_(params),
         shared_(shared),
+        works_(shared),
         q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
         k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
         v_(shared + Layout::kVFull, shared + Layout::kVEmpty),
@@ -287,7 +56,7 @@ class Consumer {
       for (;;) {
         if (++tile == item.tiles) {
           tile = 0;
-          q_.advance();
+          q_ = q_.ahead(1 + max(item.parts, 0));
           item = next_item();
           if (!mine(item)) break;
         }
@@ -305,14 +74,15 @@ class Consumer {
       wait_wgmma<0>();
       hold(out_);
       release(Layout::kVEmpty + before_.v_stage * 8);
-      store(max_, sum_);
+      store(top_, sum_);
     }
   }
 
  private:
   __device__ Work next_item() {
-    wait(q_.full_barrier(), q_.parity());
-    return take_work<Layout>(shared_, q_);
+    const Work work = works_.take();
+    if (work.rows > 0) wait(q_.full_barrier(), q_.parity());
+    return work;
   }
 
   // Whether the consumer has rows of it; not if there is no more work.
@@ -328,8 +98,11 @@ class Consumer {
       release(Layout::kVEmpty + v_.stage() * 8);
       v_.advance();
     }
-    release(Layout::kQEmpty + q_.stage() * 8);
-    q_.advance();
+    for (int part = -1; part < max(item.parts, 0); ++part) {
+      if (part >= 0) wait(q_.full_barrier(), q_.parity());
+      release(Layout::kQEmpty + q_.stage() * 8);
+      q_.advance();
+    }
   }
 
   // What the product with v of a step needs, which comes with the next one's.
@@ -337,8 +110,9 @@ class Consumer {
     bool accumulate;
     int v_stage;
     uint32_t v_parity;
-    int q_stage;
-    int row, rows;  // of its item
+    int q_stage;          // from which its rows leave
+    int row, rows, head;  // of its item
+    bool whole;           // its rows are no parts
   };
 
   template <bool kFirst, bool kMasked>
@@ -358,7 +132,10 @@ class Consumer {
       wait_wgmma<1>();
     }
     hold(s_);
-    const float max[2] = {max_[0], max_[1]}, sum[2] = {sum_[0], sum_[1]};
+    // With parts the rows leave by way of the last one's stage.
+    const bool joining = kMasked && item.parts > 0 && tile + 1 == item.tiles;
+    if constexpr (kMasked) arrive_warp_if(shared_ + Layout::kQEmpty + q_.stage() * 8, joining);
+    const float top[2] = {top_[0], top_[1]}, sum[2] = {sum_[0], sum_[1]};
     float factor[2];
     if constexpr (kMasked) mask(item, tile);
     const bool grown = softmax(tile, factor);
@@ -369,11 +146,22 @@ class Consumer {
       wait_wgmma<0>();
       hold(out_);
       release(Layout::kVEmpty + before_.v_stage * 8);
-      if (tile == 0) store(max, sum);
+      if (tile == 0) store(top, sum);
     }
-    if (tile > 0 && __any_sync(~0u, grown)) rescale(factor);
+    if (tile > 0 && __any_sync(~0u, grown)) rescale(factor, out_);
+    if (joining) {
+      if (tile == 0) clear(out_);
+      for (int i = 0; i < item.parts; ++i) add_part(q_.ahead(1 + i), i + 1 == item.parts);
+    }
     pack_weights();
-    before_ = {tile > 0, v_.stage(), v_.parity(), q_.stage(), item.row, item.rows};
+    before_ = {tile > 0 || joining,
+               v_.stage(),
+               v_.parity(),
+               q_.ahead(max(item.parts, 0)).stage(),
+               item.row,
+               item.rows,
+               item.head,
+               item.parts >= 0};
   }
 
   // S = q k^T
@@ -389,15 +177,14 @@ class Consumer {
     commit_wgmma();
   }
 
-  // S -> P = exp2(S - max) in its place, with sums of the two rows of a thread, kChains results
-  // side by side to hide the latency that two warps per scheduler can't. What was summed before
-  // counts `factor` times, 1 unless this returns true: max stays until a score is above it by more
-  // than a factor of 2^kSlack, for which P of all types has room. 3 % of row F's attend, 4 of G's.
+  // S -> P = exp2(S - top) in its place, scaled, with sums of the two rows of a thread, kChains
+  // results side by side to hide the latency that two warps per scheduler can't. What was summed
+  // before counts `factor` times, 1 unless this returns true: top stays until a score is above it
+  // by more than kSlack, for which P of all types has room. 3 % of row F's attend, 4 of G's.
   __device__ bool softmax(int tile, float (&factor)[2]) {
-    constexpr float kSlack = 8.0f;
     bool any = false;
     constexpr int kChains = 4;
-    float most[2][kChains], sum[2][kChains], shift[2];
+    float most[2][kChains], sum[2][kChains];
 #pragma unroll
     for (int i = 0; i < kKeys / 2; i += 2) {
       const int half = i / 2 % 2, chain = i / 4 % kChains;
@@ -409,18 +196,17 @@ class Consumer {
       float max = fmaxf(fmaxf(most[half][0], most[half][1]), fmaxf(most[half][2], most[half][3]));
       max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
       max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
-      const bool grown = tile == 0 || (max - max_[half]) * params_.scale_log2 > kSlack;
-      max = grown ? max : max_[half];
-      shift[half] = max == -INFINITY ? 0.0f : max * params_.scale_log2;
-      factor[half] = grown ? exp2_fast(max_[half] * params_.scale_log2 - shift[half]) : 1.0f;
-      max_[half] = max;
+      const bool grown = tile == 0 || max * params_.scale_log2 - top_[half] > kSlack;
+      max = max == -INFINITY ? 0.0f : max * params_.scale_log2;
+      factor[half] = grown ? exp2_fast(top_[half] - max) : 1.0f;
+      top_[half] = grown ? max : top_[half];
       any |= grown;
     }
 #pragma unroll
     for (int i = 0; i < kKeys / 2; i += 2) {
       const int half = i / 2 % 2, chain = i / 4 % kChains;
-      s_[i] = exp2_fast(fmaf(s_[i], params_.scale_log2, -shift[half]));
-      s_[i + 1] = exp2_fast(fmaf(s_[i + 1], params_.scale_log2, -shift[half]));
+      s_[i] = exp2_fast(fmaf(s_[i], params_.scale_log2, -top_[half]));
+      s_[i + 1] = exp2_fast(fmaf(s_[i + 1], params_.scale_log2, -top_[half]));
       const float pair = s_[i] + s_[i + 1];
       sum[half][chain] = i / 4 < kChains ? pair : sum[half][chain] + pair;
     }
@@ -450,9 +236,52 @@ class Consumer {
     }
   }
 
-  __device__ void rescale(const float (&factor)[2]) {
+  static __device__ void clear(float (&x)[kDim / 2]) {
 #pragma unroll
-    for (int i = 0; i < kDim / 2; ++i) out_[i] *= factor[i / 2 % 2];
+    for (float& element : x) element = 0.0f;
+  }
+
+  template <int kCount>
+  static __device__ void rescale(const float (&factor)[2], float (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] *= factor[i / 2 % 2];
+  }
+
+  // The next slot's parts join as softmax and product of one key would, whose score is their lse.
+  __device__ void add_part(const Ring<kQStages>& ring, bool last) {
+    wait(ring.full_barrier(), ring.parity());
+    const int row = index_ * 64 + thread_ / 32 * 16, lane = thread_ % 32;
+    const uint32_t lse_at = shared_ + Layout::kLse + (ring.stage() * kRows + row + lane / 4) * 4;
+    float factor[2], weight[2];
+    bool any = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float lse = __int_as_float(load_shared_int(lse_at + half * 8 * 4)) * kLog2e;
+      const bool grown = lse - top_[half] > kSlack;
+      factor[half] = grown ? exp2_fast(top_[half] - lse) : 1.0f;
+      top_[half] = grown ? lse : top_[half];
+      weight[half] = exp2_fast(lse - top_[half]);
+      sum_[half] = fmaf(sum_[half], factor[half], weight[half]);
+      any |= grown;
+    }
+    if (__any_sync(~0u, any)) {
+      rescale(factor, s_);
+      rescale(factor, out_);
+    }
+    const uint32_t from = shared_ + Layout::q(ring.stage()) + row * 128;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      uint32_t part[4];
+      load_matrices(part, from + vector_at(kRows, lane % 16, i * 2 + lane / 16));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = unpack<T>(part[j]);
+        float* const x = out_ + i * 8 + j * 2;
+        x[0] = fmaf(pair.x, weight[j % 2], x[0]);
+        x[1] = fmaf(pair.y, weight[j % 2], x[1]);
+      }
+    }
+    if (!last) release(Layout::kQEmpty + ring.stage() * 8);
   }
 
   __device__ void pack_weights() {
@@ -475,21 +304,27 @@ class Consumer {
     commit_wgmma();
   }
 
-  // The warp's 16 rows of the segment of the step before, by way of their place in the tile of q,
-  // which is free then.
-  __device__ void store(const float (&max)[2], const float (&sum)[2]) {
+  // The warp's 16 rows of the segment of the step before, by way of their place in a stage of q.
+  __device__ void store(const float (&top)[2], const float (&sum)[2]) {
     const Step& step = before_;
-    const int lane = thread_ % 32, begin = index_ * 64 + thread_ / 32 * 16;
-    const int rows = step.rows - begin, first = step.row + begin;
-    float scale[2];
+    const int lane = thread_ % 32, row = lane % 16, begin = index_ * 64 + thread_ / 32 * 16;
+    const int rows = step.rows - begin;
+    uint32_t at = step.row + begin + row, lse_at = at;  // of the lane's row
+    if (step.whole) {
+      const uint32_t head = step.head, query = params_.query_begin - head * params_.queries;
+      const RowPlace place = RowPlace::in_order(params_, head, query, at);
+      at = place.query * static_cast<uint32_t>(params_.problem.heads_q) + place.head;
+      lse_at = place.head * static_cast<uint32_t>(params_.problem.tokens_q) + place.query;
+    }
+    float scale[2], lse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = lane / 4 + half * 8;
-      if (lane % 4 == 0 && row < rows) {
-        params_.part_lse[first + row] =
-            (max[half] * params_.scale_log2 + log2_fast(sum[half])) * kLn2;
-      }
+      lse[half] = (top[half] + log2_fast(sum[half])) * kLn2;
+      lse[half] = __shfl_sync(~0u, lse[half], row % 8 * 4);
       scale[half] = reciprocal_fast(sum[half]);
+    }
+    if (lane < 16 && row < rows) {
+      (step.whole ? params_.merging.lse : params_.part_lse)[lse_at] = row < 8 ? lse[0] : lse[1];
     }
     const uint32_t tile = shared_ + Layout::q(step.q_stage) + begin * 128;
 #pragma unroll
@@ -504,12 +339,13 @@ class Consumer {
     constexpr int kVectors = Layout::kVectors, kAtOnce = 32 / kVectors;
     const int vector = lane % kVectors;
     uint4* const to =
-        static_cast<uint4*>(params_.part_out) + static_cast<int64_t>(first) * kVectors + vector;
+        static_cast<uint4*>(step.whole ? params_.merging.out.data : params_.part_out) + vector;
 #pragma unroll
     for (int i = 0; i < 16; i += kAtOnce) {
       const int row = lane / kVectors + i;
-      store_global(to + row * kVectors, load_shared(tile + vector_at(kRows, row, vector)),
-                   row < rows);
+      const uint32_t to_row = __shfl_sync(~0u, at, row);
+      store_global(to + uint64_t{to_row} * kVectors,
+                   load_shared(tile + vector_at(kRows, row, vector)), row < rows);
     }
     release(Layout::kQEmpty + step.q_stage * 8);
   }
@@ -519,14 +355,50 @@ class Consumer {
 
   const AttendForwardParams& params_;
   uint32_t shared_;
+  Works<kDim> works_;
   Ring<kQStages> q_;
   Ring<kKeyStages> k_, v_;
   int index_, thread_;
   Step before_;
   float s_[kKeys / 2], out_[kDim / 2];
   uint32_t p_[kKeys / 16][4];
-  float max_[2] = {}, sum_[2] = {};
+  float top_[2] = {}, sum_[2] = {};  // base 2
 };
+
+// Rows of the group's that see no key, and all of them if cu_seqlens are invalid.
+template <int kDim>
+__device__ void fill_rows_without_keys(const AttendForwardParams& params) {
+  const Problem& problem = params.problem;
+  const bool valid = problem.cu_blocks[0] == 0;
+  const auto fill = [&](int64_t begin, int64_t end) {
+    constexpr int kVectors = kDim / 8;
+    const uint32_t bits = valid ? 0 : 0x7fff7fff;  // NaN
+    const int heads = static_cast<int>(uint32_t{params.heads} * uint32_t{params.group});
+    const int64_t first_head = int64_t{params.head_begin} * uint32_t{params.group};
+    const Merging& merging = params.merging;
+    for (int64_t i = threadIdx.x; i < (end - begin) * heads * kVectors; i += blockDim.x) {
+      const int64_t row = i / kVectors, query = begin + row / heads,
+                    head = first_head + row % heads;
+      auto* const out = static_cast<uint16_t*>(merging.out.data) +
+                        query * merging.out.token_stride + head * merging.out.head_stride;
+      reinterpret_cast<uint4*>(out)[i % kVectors] = {bits, bits, bits, bits};
+      if (i % kVectors == 0) {
+        merging.lse[head * problem.tokens_q + query] = valid ? -INFINITY : NAN;
+      }
+    }
+  };
+  const int64_t begin = params.query_begin, end = begin + params.queries;
+  if (!valid) {
+    const int64_t share = (params.queries + gridDim.x - 1) / gridDim.x;
+    const int64_t first = begin + share * blockIdx.x;
+    fill(first, min(first + share, end));
+  }
+  for (int b = blockIdx.x; valid && b < problem.batch; b += gridDim.x) {
+    const int keys = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
+    const int64_t first_seeing = int64_t{problem.cu_seqlens_q[b + 1]} - keys;
+    fill(max(int64_t{problem.cu_seqlens_q[b]}, begin), min(first_seeing, end));
+  }
+}
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -537,9 +409,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kQStages; ++i) {
-      init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32);
+      init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32 * RowLoader<kDim>::kQArrivals);
       init_barrier(shared + Layout::kQEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
+    }
+    for (int i = 0; i < kWorkStages; ++i) {
       init_barrier(shared + Layout::kWorkFull + i * 8, 1);
+      init_barrier(shared + Layout::kWorkEmpty + i * 8, Works<kDim>::kTakers * kWarpArrivals);
     }
     for (int i = 0; i < kKeyStages; ++i) {
       init_barrier(shared + Layout::kKFull + i * 8, 32);
@@ -549,6 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     fence_barrier_init();
   }
+  if (params.merging.phases > 0) fill_rows_without_keys<kDim>(params);
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < 4) {
@@ -573,7 +449,8 @@ template <typename T, int kDim>
 cudaError_t launch(const AttendForwardParams& of_call, cudaStream_t stream) {
   MappedParams params;
   cudaError_t error = map_keys(of_call, params);
-  if (error == cudaSuccess) error = cudaMemsetAsync(params.next, 0, sizeof(int32_t), stream);
+  const size_t bytes = sizeof(int32_t) * (1 + params.merging.phases);
+  if (error == cudaSuccess) error = cudaMemsetAsync(params.next, 0, bytes, stream);
   if (error != cudaSuccess) return error;
   return launch_persistent(attend_forward_tiles_kernel<T, kDim>, kThreads, Shared<kDim>::kBytes,
                            params, stream);

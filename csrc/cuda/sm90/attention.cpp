@@ -146,8 +146,8 @@ struct Routed {
   int32_t* workspace;
   int64_t entries, lists;
 
-  // range_queries: as Routes has it.
-  Routed(const Call& call, const Group& group, bool by_head, bool every_list, bool own_first,
+  // own, range_queries: as Routes has them.
+  Routed(const Call& call, const Group& group, bool by_head, bool every_list, OwnSegments own,
          int64_t range_queries = 0) {
     const Problem& problem = call.problem();
     entries = call.rows(group) * problem.slots;
@@ -157,9 +157,12 @@ struct Routed {
     routes.segment_rows = call.plan.segment_rows;
     routes.by_head = by_head;
     routes.every_list = every_list;
-    routes.own_first = own_first;
+    routes.own = own;
     routes.max_segments = lists + ceil_div(entries, routes.segment_rows);
-    if (own_first) routes.max_segments += lists + ceil_div(call.rows(group), routes.segment_rows);
+    if (own != OwnSegments::kNone) {
+      routes.max_segments += lists + ceil_div(call.rows(group), routes.segment_rows);
+    }
+    if (own == OwnSegments::kApart) lists *= 2;
     MOBA_CHECK(entries <= INT32_MAX, "a group has 2^31 entries or more");
     MOBA_CHECK(lists < INT32_MAX && routes.max_segments <= INT32_MAX / problem.block_size,
                "the segments of a group have 2^31 keys or more");
@@ -213,7 +216,7 @@ void attend_and_merge(const Call& call, const Group& group, const Tensor& q, con
   const int64_t q_bytes = call.rows(group) * problem.head_dim * 2;
   const int64_t own_rows = group.heads() * problem.tokens_q * problem.group();
   Routed routed(call, group, /*by_head=*/q_bytes > kL2Bytes, /*every_list=*/false,
-                /*own_first=*/true);
+                OwnSegments::kFirst);
   auto params = call.of_call<AttendForwardParams>();
   const int64_t rows = routed.entries + own_rows;
   MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
@@ -249,7 +252,7 @@ void attend_merging(const Call& call, const Group& group, const Tensor& q, const
   const int64_t rows = buffers * range * problem.group() * (problem.slots + 1);
   MOBA_CHECK(rows <= INT32_MAX && phases <= INT32_MAX && call.rows(group) <= INT32_MAX,
              "a group has 2^31 rows or more");
-  Routed routed(call, group, /*by_head=*/true, /*every_list=*/false, /*own_first=*/true, range);
+  Routed routed(call, group, /*by_head=*/true, /*every_list=*/false, OwnSegments::kFirst, range);
   auto params = call.of_call<AttendForwardParams>();
   Merging& merging = params.merging;
   const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
@@ -264,6 +267,30 @@ void attend_merging(const Call& call, const Group& group, const Tensor& q, const
   merging.range_queries = static_cast<uint32_t>(range);
   merging.phases = static_cast<int32_t>(phases);
   merging.buffers = static_cast<int32_t>(buffers);
+  merging.positions = routed.routes.positions;
+  merging.out = mutable_rows_of(out);
+  merging.lse = mutable_data_of<float>(lse);
+  STD_CUDA_CHECK(attend_forward(params, call.stream));
+}
+
+// Of blocks of more keys than a tile: the rows of own blocks begin with the parts of all others.
+void attend_from_parts(const Call& call, const Group& group, const Tensor& q, const Tensor& ids,
+                       const Tensor& out, const Tensor& lse) {
+  const Problem& problem = call.problem();
+  Routed routed(call, group, /*by_head=*/true, /*every_list=*/false, OwnSegments::kApart);
+  auto params = call.of_call<AttendForwardParams>();
+  Merging& merging = params.merging;
+  MOBA_CHECK(call.rows(group) <= INT32_MAX, "a group has 2^31 rows or more");
+  const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
+    routed.lay_out(arrays, call, group);
+    params.part_out = arrays.take<uint16_t>(routed.entries * problem.head_dim);
+    params.part_lse = arrays.take<float>(routed.entries);
+    params.next = arrays.take<int32_t>(1 + group.heads());
+  });
+  routed.run(call, group, data_of<int32_t>(ids), params);
+  merging.ranges = Divisor(1);
+  merging.range_queries = static_cast<uint32_t>(group.queries());
+  merging.phases = static_cast<int32_t>(group.heads());
   merging.positions = routed.routes.positions;
   merging.out = mutable_rows_of(out);
   merging.lse = mutable_data_of<float>(lse);
@@ -319,7 +346,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     for (int64_t query = 0; query < tokens_q; query = group.query_end) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      attend_and_merge(call, group, q, ids, out, lse);
+      if (problem.block_size <= kKeyTile) {
+        attend_and_merge(call, group, q, ids, out, lse);
+      } else {
+        attend_from_parts(call, group, q, ids, out, lse);
+      }
     }
   }
   return {out, lse, ids};
@@ -406,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     for (int64_t query = 0; query < tokens_q; query = call.last_query(query)) {
       group.query_begin = query;
       group.query_end = call.last_query(query);
-      Routed routed(call, group, /*by_head=*/false, /*every_list=*/true, /*own_first=*/false);
+      Routed routed(call, group, /*by_head=*/false, /*every_list=*/true, OwnSegments::kNone);
       AttendBackwardParams of_group = of_heads;
       const int64_t segments = routed.routes.max_segments;
       of_group.all_rows = routed.entries;

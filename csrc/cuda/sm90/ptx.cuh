@@ -105,10 +105,25 @@ inline __device__ void arrive(uint32_t barrier) {
   delay();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+inline __device__ void arrive(uint32_t barrier, int count) {
+  delay();
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
+               : "memory");
+}
 // A warp has done with what the barrier guards: kWarpArrivals of it.
 inline __device__ void arrive_warp(uint32_t barrier) {
   __syncwarp();
   if (kWarpArrivals > 1 || threadIdx.x % 32 == 0) arrive(barrier);
+}
+// The same without a branch, which may stand between products and the wait for them.
+inline __device__ void arrive_warp_if(uint32_t barrier, bool condition) {
+  __syncwarp();
+  condition = condition && (kWarpArrivals > 1 || threadIdx.x % 32 == 0);
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(
+          barrier),
+      "r"(static_cast<uint32_t>(condition))
+      : "memory");
 }
 // When the copies that this thread has issued are done; the barrier counts on it.
 inline __device__ void arrive_after_copies(uint32_t barrier) {

@@ -38,11 +38,16 @@ struct Ring {
   __device__ uint32_t full_barrier() const { return full + stage() * 8; }
   __device__ uint32_t empty_barrier() const { return empty + stage() * 8; }
   __device__ void advance() { place = place + 1 == 2 * kStages ? 0 : place + 1; }
+  __device__ Ring ahead(int stages) const {
+    Ring result = *this;
+    result.place = (place + stages) % (2 * kStages);
+    return result;
+  }
 };
 
 // The block of a list.
 struct BlockOfList : TableBlock {
-  int head;  // KV head, from the group's first on; with merging, range of all heads'
+  int head;  // KV head, from the group's first on; with merging, range of all heads', or section
 
   // A short last block is in no list of the gate's; whose it is, nothing behind it is read.
   __device__ BlockOfList(const RoutedRows& routed, uint32_t list) {
@@ -73,14 +78,16 @@ struct Item {
 
   Item() = default;
 
-  __device__ Item(const AttendForwardParams& params, int segment) {
+  // own_apart: lists are numbered by sections (cuda/blocks.cuh).
+  __device__ Item(const AttendForwardParams& params, int segment, bool own_apart = false) {
     list = params.segment_lists[segment];
     row = params.cu_rows[segment];
     rows = params.cu_rows[segment + 1] - row;
     begin = -1;
     const BlockOfList block(params, list);
     const Merging& merging = params.merging;
-    const auto list_head = static_cast<uint32_t>(block.head);  // counts ranges too, if any
+    auto list_head = static_cast<uint32_t>(block.head);  // counts ranges too, if any
+    if (own_apart) list_head = head_of_section(list_head, rows == 0);
     const uint32_t head_k = merging.phases > 0 ? list_head / merging.ranges : list_head;
     head = static_cast<int>(head_k);
     key = block.key;

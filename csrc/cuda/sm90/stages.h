@@ -42,38 +42,45 @@ struct RoutedRows {
   float scale_log2;  // of a score, for a softmax in powers of 2; not negative
 };
 
-// Rows merged by attend_forward itself, those of one phase while it attends the next. A phase is a
-// range of queries of a KV head (Routes::range_queries); parts of phase p are in buffer p %
-// buffers, [range_queries * G * (K + 1)] rows: of its entries, in the order of the lists, and then
-// of its queries' own blocks.
+// Rows merged by attend_forward itself, those of one phase while it attends the next; a phase is a
+// range of queries of a KV head (Routes::range_queries).
+//
+// Of blocks of at most kKeyTile keys: parts of phase p are in buffer p % buffers, [range_queries *
+// G * (K + 1)] rows: of its entries, in the order of the lists, and then of its queries' own
+// blocks.
+//
+// Of larger ones a row's parts are where its own block's attention begins, which wants those of
+// entries alone, and OwnSegments::kApart. A phase is a head.
 struct Merging {
   Divisor ranges, head_rows;  // of a KV head
   uint32_t range_queries;
-  int32_t phases, buffers;
-  const int32_t* positions;  // as route leaves them; null: nothing is merged
-  int32_t* counters;         // [2 * phases] zero: thread blocks that have attended, merged a phase
+  int32_t phases, buffers;   // 0 phases: nothing is merged
+  const int32_t* positions;  // as route leaves them
+  int32_t* counters;         // [2 * phases]: thread blocks that have attended, merged a phase
   MutableRows out;           // [Tq, Hq, D]
   float* lse;                // [Hq, Tq]
 };
 // Parts of a row at most, its own block's included.
 constexpr int kMergedParts = 8;
 
-// Wants segments for own blocks (Routes::own_first).
+// Wants segments for own blocks (Routes::own).
 struct AttendForwardParams : RoutedRows {
   // Those of entries, and from row own_begin on [heads, Tq, G] those of every query and its own
   // block, up to itself; or buffers.
   void* part_out;   // [R * K + heads * Tq * G, D]
   float* part_lse;  // [R * K + heads * Tq * G] natural log
   int32_t own_begin;
-  int32_t* next;  // [1], scratch for blocks of more keys than a tile
+  // Scratch for blocks of more keys than a tile: what comes next, [1], and then [phases], with
+  // merging: rows of entries that have been attended.
+  int32_t* next;
   Merging merging;
 };
 
 // Partial attention of rows: of every (KV head, block), the rows that chose it, packed in the order
 // of the lists, and its own queries', each with one softmax over the block's keys. Row i of
 // part_out and part_lse is that of entry i, below the total. Left alone: the others, and queries
-// without keys. With merging, which wants blocks of at most kKeyTile keys and the lists by head,
-// what merge gives of it.
+// without keys. With merging, which wants the lists by head, what merge gives of it, in the order
+// of slots with the own part last (blocks of at most kKeyTile keys), or first.
 cudaError_t attend_forward(const AttendForwardParams& params, cudaStream_t stream);
 
 // For a dtype of 16 bits and a head_dim of 64 or 128; blocks of at most kKeyTile keys, and larger

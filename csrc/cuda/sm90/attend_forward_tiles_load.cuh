@@ -1,0 +1,381 @@
+// What comes into shared memory for attend_forward of blocks of more keys than a tile: what is
+// next, its rows, and the keys that they see.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/sm90/key_tiles.cuh"
+
+namespace moba::cuda::sm90 {
+namespace forward_tiles {
+
+using MappedParams = Mapped<AttendForwardParams>;
+
+constexpr int kConsumers = 2;
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
+static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * registers_at_launch(kThreads));
+constexpr int kRows = 64 * kConsumers;  // of a segment at most
+static_assert(kRows == kSegmentRows);
+constexpr int kKeys = kKeyTile;
+constexpr int kQStages = 3, kKeyStages = 2, kWorkStages = 4;
+constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
+
+// An item, for all warps.
+struct alignas(16) Work {
+  int row, rows;      // as Item's; rows 0: there are no more
+  int keys, tiles;    // of the block; tiles of them that the rows see
+  int begin, offset;  // as Item's
+  int seen;           // keys that all rows see
+  int key, head;      // as Item's
+  uint32_t first;
+  int parts;  // of each row, which are merged with what it gets here; -1: that is a part itself
+
+  Work() = default;
+
+  __device__ Work(const AttendForwardParams& routed, const Item& item)
+      : row(item.row),
+        rows(item.rows),
+        keys(item.keys),
+        begin(item.begin),
+        offset(item.offset),
+        key(item.key),
+        head(item.head),
+        first(item.first),
+        parts(-1) {
+    if (begin >= 0 && routed.merging.phases > 0) parts = static_cast<int>(uint32_t{routed.slots});
+    seen = keys;
+    int last = keys - 1;  // key that a row sees
+    if (begin >= 0) {
+      seen = offset + static_cast<int>(static_cast<uint32_t>(begin) / routed.group) + 1;
+      last = offset + static_cast<int>(static_cast<uint32_t>(begin + rows - 1) / routed.group);
+    }
+    tiles = last / kKeys + 1;
+    if (parts > 0) seen = min(seen, tiles * kKeys - 1);  // parts join beside a tile that is masked
+  }
+};
+static_assert(sizeof(Work) == 48);
+
+// Bytes of dynamic shared memory, and where in it things are.
+template <int kDim>
+struct Shared {
+  static constexpr int kVectors = kDim / 8;  // of 16 bytes in a row
+  static constexpr int kQBytes = kRows * kDim * 2;
+  static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
+  static constexpr int kKeyTiles = kQStages * kQBytes;
+  static constexpr int kWork = kKeyTiles + kKeyStages * 2 * kKeyBytes;
+  static constexpr int kLse =
+      kWork + kWorkStages * sizeof(Work);                     // float [stage of q][row]: parts'
+  static constexpr int kQFull = kLse + kQStages * kRows * 4;  // mbarriers
+  static constexpr int kQEmpty = kQFull + kQStages * 8;
+  static constexpr int kKFull = kQEmpty + kQStages * 8;
+  static constexpr int kKEmpty = kKFull + kKeyStages * 8;
+  static constexpr int kVFull = kKEmpty + kKeyStages * 8;
+  static constexpr int kVEmpty = kVFull + kKeyStages * 8;
+  static constexpr int kWorkFull = kVEmpty + kKeyStages * 8;
+  static constexpr int kWorkEmpty = kWorkFull + kWorkStages * 8;
+  static constexpr int kBytes = kWorkEmpty + kWorkStages * 8 + 1024;  // and to align it
+
+  // Of a stage, from the start of shared memory.
+  static __device__ uint32_t q(int stage) { return stage * kQBytes; }
+  static __device__ uint32_t k(int stage) { return kKeyTiles + stage * 2 * kKeyBytes; }
+  static __device__ uint32_t v(int stage) { return k(stage) + kKeyBytes; }
+};
+
+// One side of the ring of work.
+template <int kDim>
+class Works {
+  using Layout = Shared<kDim>;
+
+ public:
+  static constexpr int kTakers = kConsumers * 4 + kConsumers + 1;  // warps
+
+  __device__ explicit Works(uint32_t shared)
+      : at_(shared + Layout::kWork),
+        ring_(shared + Layout::kWorkFull, shared + Layout::kWorkEmpty) {}
+
+  // By a warp.
+  __device__ void put(const Work& work) {
+    wait(ring_.empty_barrier(), ring_.parity() ^ 1);
+    __syncwarp();  // else the next phase may end while a late lane still waits for this one
+    if (threadIdx.x % 32 == 0) {
+      const uint32_t to = at_ + ring_.stage() * sizeof(Work);
+      store_shared(to, work.row, work.rows, work.keys, work.tiles);
+      store_shared(to + 16, work.begin, work.offset, work.seen, work.key);
+      store_shared(to + 32, work.head, static_cast<int>(work.first), work.parts, 0);
+      arrive(ring_.full_barrier());
+    }
+    ring_.advance();
+  }
+
+  __device__ Work take() {
+    wait(ring_.full_barrier(), ring_.parity());
+    const uint32_t from = at_ + ring_.stage() * sizeof(Work);
+    const uint4 rows = load_shared(from), own = load_shared(from + 16),
+                first = load_shared(from + 32);
+    arrive_warp(ring_.empty_barrier());
+    ring_.advance();
+    Work work;
+    work.row = static_cast<int>(rows.x);
+    work.rows = static_cast<int>(rows.y);
+    work.keys = static_cast<int>(rows.z);
+    work.tiles = static_cast<int>(rows.w);
+    work.begin = static_cast<int>(own.x);
+    work.offset = static_cast<int>(own.y);
+    work.seen = static_cast<int>(own.z);
+    work.key = static_cast<int>(own.w);
+    work.head = static_cast<int>(first.x);
+    work.first = first.y;
+    work.parts = static_cast<int>(first.z);
+    return work;
+  }
+
+ private:
+  uint32_t at_;
+  Ring<kWorkStages> ring_;
+};
+
+// The warp that finds work.
+template <int kDim>
+class Finder {
+ public:
+  __device__ Finder(const MappedParams& params, uint32_t shared) : params_(params), works_(shared) {
+    last_ = params.problem.cu_blocks[0] == 0 ? params.segment_offsets[params.lists] : 0;
+  }
+
+  __device__ void run() {
+    for (;;) {
+      const Work work = next();
+      works_.put(work);
+      if (work.rows == 0) return;
+    }
+  }
+
+ private:
+  __device__ Work next() const {
+    for (;;) {
+      int i = 0;
+      if (threadIdx.x % 32 == 0) i = atomicAdd(params_.next, 1);
+      i = __shfl_sync(~0u, i, 0);
+      if (i >= last_) return {};
+      const Item item(params_, i, /*own_apart=*/params_.merging.phases > 0);
+      if (item.rows > 0) return {params_, item};
+    }
+  }
+
+  const MappedParams& params_;
+  Works<kDim> works_;
+  int last_;
+};
+
+// The warp that copies a consumer's rows of q, and of parts that are merged with them. It tells the
+// other thread blocks of parts that its consumer has stored: a fence takes thousands of cycles,
+// 12 % of E's attend by the consumers themselves. A stage of q that is free says that what was in
+// it has been.
+template <int kDim>
+class RowLoader {
+  using Layout = Shared<kDim>;
+  static constexpr int kVectors = Layout::kVectors;
+  static constexpr int kAtOnce = 32 / kVectors;  // rows
+  static constexpr int kLaneRows = 64 / 32;
+  static constexpr uint32_t kNone = ~0u;  // instead of a row
+
+ public:
+  static constexpr int kQArrivals = 2;  // of every lane: its copies have come, and what it stored
+
+  __device__ RowLoader(const MappedParams& params, uint32_t shared, int consumer)
+      : params_(params),
+        shared_(shared),
+        works_(shared),
+        q_(shared + Layout::kQFull, shared + Layout::kQEmpty),
+        consumer_(consumer),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ void run() {
+    for (;;) {
+      const Work work = works_.take();
+      if (work.rows == 0) break;
+      const int rows = min(work.rows - consumer_ * 64, 64);
+      acquire();
+      if (rows > 0) load(work);
+      if (work.parts >= 0) tell();
+      wait_copies<0>();
+      fence_async_proxy();
+      arrive(q_.full_barrier(), kQArrivals);
+      if (work.parts < 0 && params_.merging.phases > 0) {
+        // An item is stored when its consumer has the rows of the next one.
+        if (work.head != head_) tell_of_all();
+        head_ = work.head;
+        if (rows > 0) in_stages_ |= static_cast<uint32_t>(rows) << q_.stage() * 8;
+      }
+      q_.advance();
+      if (work.parts > 0) load_parts(work, rows > 0);
+    }
+    tell_of_all();
+  }
+
+ private:
+  // The next stage of q is free.
+  __device__ void acquire() {
+    wait(q_.empty_barrier(), q_.parity() ^ 1);
+    stored_ += in_stages_ >> q_.stage() * 8 & 0xff;
+    in_stages_ &= ~(0xffu << q_.stage() * 8);
+  }
+
+  __device__ void tell() {
+    __syncwarp();
+    if (lane_ == 0 && stored_ > 0) {
+      add_release(params_.next + 1 + head_, stored_);
+    }
+    stored_ = 0;
+  }
+
+  // Also of what is to be stored yet.
+  __device__ void tell_of_all() {
+    const Ring<kQStages> here = q_;
+    for (; in_stages_ != 0; q_.advance()) {
+      if ((in_stages_ >> q_.stage() * 8 & 0xff) != 0) acquire();
+    }
+    q_ = here;
+    tell();
+  }
+
+  __device__ void load(const Work& work) const {
+    const uint32_t query = params_.query_begin - work.head * params_.queries;  // that of row 0
+    uint32_t of_row[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = row_of(work, i);
+      const uint32_t number =
+          work.begin < 0 ? static_cast<uint32_t>(params_.entries[work.row + row]) / params_.slots
+                         : work.first + row;
+      const RowPlace place = RowPlace::in_order(params_, work.head, query, number);
+      of_row[i] = params_.q.at(place.query, place.head);
+    }
+    copy(of_row, params_.q.data, 1);
+  }
+
+  // Slot by slot, zeros where a row has none.
+  __device__ void load_parts(const Work& work, bool mine) {
+    uint32_t of_row[kLaneRows];
+    if (mine) find_parts(work, 0, of_row);
+    if (work.head >= attended_) wait_for(work.head);
+    for (int slot = 0; slot < work.parts; ++slot) {
+      acquire();
+      if (mine) {
+        const uint32_t lse_at = shared_ + Layout::kLse + (q_.stage() * kRows + consumer_ * 64) * 4;
+        copy(of_row, static_cast<const uint4*>(params_.part_out), kVectors);
+        arrive_after_copies(q_.full_barrier());
+#pragma unroll
+        for (int i = 0; i < kLaneRows; ++i) {
+          float lse = -INFINITY;
+          if (of_row[i] != kNone) lse = __ldcg(params_.part_lse + of_row[i]);
+          store_shared(lse_at + (i * 32 + lane_) * 4, __float_as_uint(lse));
+        }
+        if (slot + 1 < work.parts) find_parts(work, slot + 1, of_row);
+        arrive(q_.full_barrier());
+      } else {
+        arrive(q_.full_barrier(), kQArrivals);
+      }
+      q_.advance();
+    }
+  }
+
+  __device__ void find_parts(const Work& work, int slot, uint32_t (&of_row)[kLaneRows]) const {
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int entry = (work.first + row_of(work, i)) * params_.slots + slot;
+      of_row[i] = static_cast<uint32_t>(__ldg(params_.merging.positions + entry));
+    }
+  }
+
+  // Until the parts of all entries of a head are there, and so of the heads before. Others may wait
+  // for this warp's, but then for those of this head or one before: nobody waits in a circle.
+  __device__ void wait_for(int head) {
+    if (head_ <= head) tell_of_all();
+    const uint32_t lists = params_.list_divisor, list = entries_section(head) * lists;
+    const int begin = params_.segment_offsets[list], end = params_.segment_offsets[list + lists];
+    const int rows = params_.cu_rows[end] - params_.cu_rows[begin];
+    while (load_acquire(params_.next + 1 + head) != rows) {
+    }
+    attended_ = head + 1;
+  }
+
+  // The lane's of the consumer's rows; behind the last one this again.
+  __device__ int row_of(const Work& work, int i) const {
+    return min(consumer_ * 64 + i * 32 + lane_, work.rows - 1);
+  }
+
+  // Rows from + of_row * step, the lane's of_row being those of rows lane, lane + 32.
+  __device__ void copy(const uint32_t (&of_row)[kLaneRows], const uint4* from, int step) const {
+    const uint32_t to = shared_ + Layout::q(q_.stage());
+    const int vector = lane_ % kVectors, first = lane_ / kVectors;
+    from += vector;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+#pragma unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const uint32_t at = __shfl_sync(~0u, of_row[i], first + j * kAtOnce);
+        const int row = consumer_ * 64 + i * 32 + first + j * kAtOnce;
+        const bool some = at != kNone;
+        copy_async(to + vector_at(kRows, row, vector), from + uint64_t{some ? at : 0} * step, some);
+      }
+    }
+    commit_copies();
+  }
+
+  const MappedParams& params_;
+  uint32_t shared_;
+  Works<kDim> works_;
+  Ring<kQStages> q_;
+  int consumer_, lane_;
+  // The consumer's rows of parts of head_: in the stages of q, 8 bits each, and stored since others
+  // have been told.
+  uint32_t in_stages_ = 0;
+  int stored_ = 0, head_ = 0;
+  int attended_ = 0;  // heads, as far as the warp knows
+};
+
+// The warp that copies k and v, by the tensor copy engine where a tile is whole.
+template <int kDim>
+class KeyLoader {
+  using Layout = Shared<kDim>;
+
+ public:
+  __device__ KeyLoader(const MappedParams& params, uint32_t shared)
+      : params_(params),
+        shared_(shared),
+        works_(shared),
+        k_(shared + Layout::kKFull, shared + Layout::kKEmpty),
+        v_(shared + Layout::kVFull, shared + Layout::kVEmpty) {}
+
+  __device__ void run() {
+    for (;;) {
+      const Work work = works_.take();
+      if (work.rows == 0) return;
+      for (int tile = 0; tile < work.tiles; ++tile) {
+        load(params_.k, params_.k_map, work, k_, Layout::k(k_.stage()), tile);
+        load(params_.v, params_.v_map, work, v_, Layout::v(v_.stage()), tile);
+      }
+    }
+  }
+
+ private:
+  __device__ void load(const RowVectors& rows, const CUtensorMap& map, const Work& work,
+                       Ring<kKeyStages>& ring, uint32_t to, int tile) {
+    const int head = params_.head_begin + work.head, token = work.key + tile * kKeys;
+    wait(ring.empty_barrier(), ring.parity() ^ 1);
+    copy_keys<kDim, kKeys>(shared_ + to, rows, map, head, token, work.keys - tile * kKeys, kKeys,
+                           ring.full_barrier());
+    ring.advance();
+  }
+
+  const MappedParams& params_;
+  uint32_t shared_;
+  Works<kDim> works_;
+  Ring<kKeyStages> k_, v_;
+};
+
+}  // namespace forward_tiles
+}  // namespace moba::cuda::sm90
