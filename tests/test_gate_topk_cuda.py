@@ -88,6 +88,16 @@ def test_block_sizes(dtype, block_size):
     assert_exact(case, *integer_inputs(case, dtype))
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("topk", [3, 8])
+def test_rows_with_other_numbers_of_blocks_than_their_neighbours(dtype, topk):
+    """In a thread block some warps have a whole tile of past blocks, others not yet; these must take
+    the same way (synccheck)."""
+    case = self_attention([1100, 40], 2, 1, 128, 8, topk)
+    assert_by_score(case, *random_inputs(case, dtype))
+    assert_exact(case, *integer_inputs(case, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("topk", [3, 20, 50])
 def test_many_tiny_sequences(dtype, topk):

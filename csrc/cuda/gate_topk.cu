@@ -123,14 +123,10 @@ struct Sequence {
   int64_t end_q, keys, first_block;
 
   __device__ Sequence(const Problem& problem, int64_t query) {
-    int64_t low = 0, high = problem.batch;  // the last that begins at or before the query
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (problem.cu_seqlens_q[middle] <= query ? low : high) = middle;
-    }
-    end_q = problem.cu_seqlens_q[low + 1];
-    keys = problem.cu_seqlens_k[low + 1] - problem.cu_seqlens_k[low];
-    first_block = problem.cu_blocks[low];
+    const int64_t b = find_part(problem.cu_seqlens_q, problem.batch, query);
+    end_q = problem.cu_seqlens_q[b + 1];
+    keys = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
+    first_block = problem.cu_blocks[b];
   }
 };
 
@@ -204,11 +200,11 @@ class Selector {
   // Bounds the K-th best score of the lane's row from below by the blocks from `first` on, the
   // newest, whose centroids lie in kBoundTiles stages, newest first: groups of their columns have a
   // score of at least their maximum each, so K of all scores are not below the K-th best maximum.
+  // least: past blocks of every row of the thread block, whose warps must take the same way.
   template <typename T>
   __device__ void bound(const S& scorer, const char* stages, const Centroids<T>& centroids,
-                        int first, int slots, int head_dim) {
+                        int first, int least, int slots, int head_dim) {
     if constexpr (Best::kGroups > 0) {
-      const int least = __reduce_min_sync(kAllLanes, owner() ? past_ : INT_MAX);
       float best[kRowGroups][Best::kGroups / 4];
 #pragma unroll
       for (int i = 0; i < kRowGroups; ++i) {
@@ -466,7 +462,9 @@ __global__ void __launch_bounds__(kGateThreads,
     selector.begin(own_row >= begin && own_row < end && owner ? rows[own_row].past : 0);
     S::arrived();
     __syncthreads();
-    selector.bound(scorer, shared, centroids, newest, static_cast<int>(problem.slots), head_dim);
+    const int least = end - begin == Layout::kRows ? rows[begin].past : 0;  // positions ascend
+    selector.bound(scorer, shared, centroids, newest, least, static_cast<int>(problem.slots),
+                   head_dim);
     int stage = 0;
     for (int first = newest; first >= 0; first -= kTileBlocks) {
       if (first < newest) {
