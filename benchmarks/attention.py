@@ -327,7 +327,7 @@ def tables() -> str:
         "Forward includes the gate and saves what the backward needs; dense is PyTorch's full "
         "causal attention by cuDNN; extra GB is the peak of memory beyond inputs and results. "
         "Stages of groups that run at once overlap and add up to more than the time; attend of "
-        "sm90 includes the merge where block_size is at most 128 and rows are many."
+        "sm90's forward includes the merge, but for few rows in blocks of at most 128."
     )
     return "\n\n".join([intro, *(table(results) for results in committed.values())])
 

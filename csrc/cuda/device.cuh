@@ -24,6 +24,16 @@ __device__ T from_float(float x) {
   }
 }
 
+// A pair of 16-bit elements.
+template <typename T>
+__device__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+  } else {  // __bfloat162float takes an instruction more
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+}
+
 // 2^x; 0 where that would be denormal.
 inline __device__ float exp2_fast(float x) {
   float result;

@@ -183,7 +183,7 @@ class Merger {
   __device__ void fetch(const Cursor& cursor, int stage) {
     const uint32_t to = shared_address(memory_) + stage * kStageBytes;
     const uint32_t lane = threadIdx.x % 32, own = args_.slots - cursor.first;
-    const uint32_t seeing = __ballot_sync(~0u, sees_keys(cursor.query + lane % kRows));
+    const uint32_t seeing = __ballot_sync(~0u, has_keys(cursor.query + lane % kRows));
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const char* const own_row = own_ + uint64_t{cursor.query + row} * own_bytes_;
@@ -230,22 +230,9 @@ class Merger {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
   }
 
-  // Whether a query of the range has keys: none before the first key of its sequence. Queries
-  // ascend.
-  __device__ bool sees_keys(uint32_t query) {
-    if (query >= sequence_end_) {
-      const Problem& problem = args_.problem;
-      sequence_end_ = first_seeing_ = ~0u;
-      if (valid_ && query < args_.queries) {
-        const auto begin = static_cast<int32_t>(args_.group.query_begin);
-        const int64_t b = find_part(problem.cu_seqlens_q, problem.batch, begin + int64_t{query});
-        const int32_t end = problem.cu_seqlens_q[b + 1] - begin;
-        const int32_t keys = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
-        sequence_end_ = min(static_cast<uint32_t>(end), args_.queries);
-        first_seeing_ = static_cast<uint32_t>(max(end - keys, 0));
-      }
-    }
-    return query >= first_seeing_;
+  __device__ bool has_keys(uint32_t query) {
+    const auto begin = static_cast<int>(args_.group.query_begin);
+    return query < args_.queries && seeing_.has_keys(args_.problem, begin, query);
   }
 
   // Adds the parts of a stage to the softmax so far, or to the sum.
@@ -286,14 +273,14 @@ class Merger {
     }
   }
 
-  // Two elements of bfloat16 in two instructions; __bfloat162float takes three.
   __device__ void add_weighted(const Vector<Part, kElements>& loaded, float weight) {
-    if constexpr (std::is_same_v<Part, __nv_bfloat16>) {
+    if constexpr (sizeof(Part) == 2) {
       const auto* const pairs = reinterpret_cast<const uint32_t*>(&loaded);
 #pragma unroll
       for (int i = 0; i < kElements; i += 2) {
-        sum_[i] = fmaf(__uint_as_float(pairs[i / 2] << 16), weight, sum_[i]);
-        sum_[i + 1] = fmaf(__uint_as_float(pairs[i / 2] & 0xffff0000u), weight, sum_[i + 1]);
+        const float2 pair = unpack<Part>(pairs[i / 2]);
+        sum_[i] = fmaf(pair.x, weight, sum_[i]);
+        sum_[i + 1] = fmaf(pair.y, weight, sum_[i + 1]);
       }
     } else {
       add_scaled(loaded, weight, sum_);
@@ -340,7 +327,7 @@ class Merger {
   float* lse_;
 
   int32_t at_[kRows][kOfLane], beside_at_;
-  uint32_t sequence_end_ = 0, first_seeing_ = 0;  // of the range's queries
+  SeeingQueries seeing_;
   float top_ = 0.0f, total_ = 0.0f, sum_[kElements] = {};
 };
 

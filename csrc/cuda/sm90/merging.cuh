@@ -147,7 +147,7 @@ class RowMerger {
 
   // What has no part is zero, with a weight of zero.
   __device__ void copy() {
-    const bool own = lane() % kLanes == params_.slots && next_ < end_ && sees_keys();
+    const bool own = lane() % kLanes == params_.slots && next_ < end_ && has_keys();
     int place = position_ < 0 ? -1 : position_ + places_.entries;
     if (own) place = static_cast<int>(next_) + places_.own;
     if (lane() == 0) wait_bulk_read();  // of the parts that leave from there
@@ -172,27 +172,11 @@ class RowMerger {
     }
   }
 
-  // Whether the next row's query has keys: none before the first key of its sequence.
-  __device__ bool sees_keys() {
+  // Whether the next row's query has keys.
+  __device__ bool has_keys() {
     const Divisor& head_rows = params_.merging.head_rows;
     const uint32_t query = (next_ - next_ / head_rows * head_rows) / params_.group;
-    if (query < sequence_begin_ || query >= sequence_end_) find_sequence(query);
-    return query >= first_seeing_;
-  }
-
-  __device__ void find_sequence(uint32_t query) {
-    const Problem& problem = params_.problem;
-    sequence_begin_ = 0;
-    sequence_end_ = first_seeing_ = ~0u;
-    if (!valid_) return;
-    const auto begin = static_cast<int>(params_.query_begin);
-    const int b = find_part(problem.cu_seqlens_q, static_cast<int>(problem.batch),
-                            begin + static_cast<int64_t>(query));
-    const int end = problem.cu_seqlens_q[b + 1] - begin;
-    const int keys = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
-    sequence_begin_ = static_cast<uint32_t>(max(problem.cu_seqlens_q[b] - begin, 0));
-    sequence_end_ = static_cast<uint32_t>(end);
-    first_seeing_ = static_cast<uint32_t>(max(end - keys, 0));
+    return seeing_.has_keys(params_.problem, static_cast<int>(params_.query_begin), query);
   }
 
   __device__ void merge() {
@@ -256,7 +240,7 @@ class RowMerger {
   int position_ = -1;            // of the next row's part of the lane
   float lse_ = 0.0f;             // of the part that is on its way
   bool ready_ = false, fetched_ = false, last_ = false;
-  uint32_t sequence_begin_ = 0, sequence_end_ = 0, first_seeing_ = 0;  // of the group's queries
+  SeeingQueries seeing_;
 };
 
 }  // namespace moba::cuda::sm90

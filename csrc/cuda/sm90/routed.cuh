@@ -173,15 +173,6 @@ __device__ uint32_t pack(float low, float high) {
   }
 }
 
-template <typename T>
-__device__ float2 unpack(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&word));
-  } else {  // __bfloat162float takes an instruction more
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  }
-}
-
 // One thread block per multiprocessor, of a GPU that has wgmma.
 // together: all of them at once, as they wait for each other.
 template <typename Params>
