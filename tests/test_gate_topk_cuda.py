@@ -91,7 +91,7 @@ def test_block_sizes(dtype, block_size):
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("topk", [3, 8])
 def test_rows_with_other_numbers_of_blocks_than_their_neighbours(dtype, topk):
-    """In a thread block some warps have a whole tile of past blocks, others not yet; these must take
+    """In a thread block some warps have a whole tile of past blocks, others not yet: all must take
     the same way (synccheck)."""
     case = self_attention([1100, 40], 2, 1, 128, 8, topk)
     assert_by_score(case, *random_inputs(case, dtype))

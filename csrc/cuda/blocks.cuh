@@ -56,30 +56,28 @@ struct OwnQueries {
 };
 
 // Which queries of a group have keys: none before the first key of its sequence, and none at all
-// with invalid cu_seqlens. Knows the sequence of the last one.
+// with invalid cu_seqlens. Asked of ascending queries, knows the sequence of the last one.
 class SeeingQueries {
  public:
   // query: from query_begin on.
   __device__ bool has_keys(const Problem& problem, int query_begin, uint32_t query) {
-    if (query < begin_ || query >= end_) find(problem, query_begin, query);
+    if (query >= end_) find(problem, query_begin, query);
     return query >= first_seeing_;
   }
 
  private:
   __device__ void find(const Problem& problem, int query_begin, uint32_t query) {
-    begin_ = 0;
     end_ = first_seeing_ = ~0u;
     if (problem.cu_blocks[0] != 0) return;
     const int b = find_part(problem.cu_seqlens_q, static_cast<int>(problem.batch),
                             query_begin + static_cast<int64_t>(query));
     const int end = problem.cu_seqlens_q[b + 1] - query_begin;
     const int keys = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
-    begin_ = static_cast<uint32_t>(max(problem.cu_seqlens_q[b] - query_begin, 0));
     end_ = static_cast<uint32_t>(end);
     first_seeing_ = static_cast<uint32_t>(max(end - keys, 0));
   }
 
-  uint32_t begin_ = 0, end_ = 0, first_seeing_ = 0;
+  uint32_t end_ = 0, first_seeing_ = 0;
 };
 
 }  // namespace moba::cuda

@@ -133,6 +133,7 @@ class RowMerger {
     next_ = phase.first_row + warp * kRows + lane() / kLanes;
     end_ = phase.end_row;
     places_ = phase.places;
+    seeing_ = SeeingQueries();
     find();
   }
 
