@@ -181,6 +181,11 @@ class RowLoader {
   static constexpr int kLaneRows = 64 / 32;
   static constexpr uint32_t kNone = ~0u;  // instead of a row
 
+  // Rows of part_out that are those of rows lane, lane + 32 of the consumer, in a slot.
+  struct PartRows {
+    uint32_t row[kLaneRows];
+  };
+
  public:
   static constexpr int kQArrivals = 2;  // of every lane: its copies have come, and what it stored
 
@@ -197,6 +202,8 @@ class RowLoader {
       const Work work = works_.take();
       if (work.rows == 0) break;
       const int rows = min(work.rows - consumer_ * 64, 64);
+      PartRows parts;
+      if (rows > 0 && work.parts > 0) parts = find_parts(work, 0);
       acquire();
       if (rows > 0) load(work);
       if (work.parts >= 0) tell();
@@ -210,7 +217,7 @@ class RowLoader {
         if (rows > 0) in_stages_ |= static_cast<uint32_t>(rows) << q_.stage() * 8;
       }
       q_.advance();
-      if (work.parts > 0) load_parts(work, rows > 0);
+      if (work.parts > 0) load_parts(work, rows > 0, parts);
     }
     tell_of_all();
   }
@@ -256,25 +263,30 @@ class RowLoader {
     copy(of_row, params_.q.data, 1);
   }
 
-  // Slot by slot, zeros where a row has none.
-  __device__ void load_parts(const Work& work, bool mine) {
-    uint32_t of_row[kLaneRows];
-    if (mine) find_parts(work, 0, of_row);
+  // Slot by slot, zeros where a row has none. What is needed for the next slot is asked for before
+  // this one's copies, or the warp would need longer for an item than its consumer.
+  __device__ void load_parts(const Work& work, bool mine, PartRows of_row) {
     if (work.head >= attended_) wait_for(work.head);
+    PartRows next;
+    float lse[kLaneRows];
+    if (mine) {
+      next = find_parts(work, min(1, work.parts - 1));
+      load_lse(of_row, lse);
+    }
     for (int slot = 0; slot < work.parts; ++slot) {
       acquire();
       if (mine) {
-        const uint32_t lse_at = shared_ + Layout::kLse + (q_.stage() * kRows + consumer_ * 64) * 4;
-        copy(of_row, static_cast<const uint4*>(params_.part_out), kVectors);
+        copy(of_row.row, static_cast<const uint4*>(params_.part_out), kVectors);
         arrive_after_copies(q_.full_barrier());
+        const uint32_t lse_at = shared_ + Layout::kLse + (q_.stage() * kRows + consumer_ * 64) * 4;
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
-          float lse = -INFINITY;
-          if (of_row[i] != kNone) lse = __ldcg(params_.part_lse + of_row[i]);
-          store_shared(lse_at + (i * 32 + lane_) * 4, __float_as_uint(lse));
+          store_shared(lse_at + (i * 32 + lane_) * 4, __float_as_uint(lse[i]));
         }
-        if (slot + 1 < work.parts) find_parts(work, slot + 1, of_row);
         arrive(q_.full_barrier());
+        of_row = next;
+        load_lse(of_row, lse);
+        next = find_parts(work, min(slot + 2, work.parts - 1));
       } else {
         arrive(q_.full_barrier(), kQArrivals);
       }
@@ -282,11 +294,21 @@ class RowLoader {
     }
   }
 
-  __device__ void find_parts(const Work& work, int slot, uint32_t (&of_row)[kLaneRows]) const {
+  __device__ PartRows find_parts(const Work& work, int slot) const {
+    PartRows parts;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
       const int entry = (work.first + row_of(work, i)) * params_.slots + slot;
-      of_row[i] = static_cast<uint32_t>(__ldg(params_.merging.positions + entry));
+      parts.row[i] = static_cast<uint32_t>(__ldg(params_.merging.positions + entry));
+    }
+    return parts;
+  }
+
+  __device__ void load_lse(const PartRows& parts, float (&lse)[kLaneRows]) const {
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      lse[i] = -INFINITY;
+      if (parts.row[i] != kNone) lse[i] = __ldcg(params_.part_lse + parts.row[i]);
     }
   }
 
@@ -309,17 +331,19 @@ class RowLoader {
 
   // Rows from + of_row * step, the lane's of_row being those of rows lane, lane + 32.
   __device__ void copy(const uint32_t (&of_row)[kLaneRows], const uint4* from, int step) const {
-    const uint32_t to = shared_ + Layout::q(q_.stage());
     const int vector = lane_ % kVectors, first = lane_ / kVectors;
+    const uint32_t to =
+        shared_ + Layout::q(q_.stage()) + vector_at(kRows, consumer_ * 64 + first, vector);
     from += vector;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-#pragma unroll 4
+#pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         const uint32_t at = __shfl_sync(~0u, of_row[i], first + j * kAtOnce);
-        const int row = consumer_ * 64 + i * 32 + first + j * kAtOnce;
         const bool some = at != kNone;
-        copy_async(to + vector_at(kRows, row, vector), from + uint64_t{some ? at : 0} * step, some);
+        // The row's number modulo 8 is first + j * kAtOnce % 8, whose bits don't meet.
+        copy_async((to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128,
+                   from + uint64_t{some ? at : 0} * step, some);
       }
     }
     commit_copies();
