@@ -27,7 +27,7 @@ tests() {
       echo "many_sequences or many_blocks or invalid_offsets or neighbouring_sequence" \
         "or short_block or strided_and_misaligned or chunked_queries or own_blocks" \
         "or test_rows or test_keys or in_place or no_blocks" \
-        "or other_numbers_of_queries or no_queries or layouts or short_segments" ;;
+        "or other_numbers_of_queries or no_queries or layouts or short_segments or whole_calls" ;;
     racecheck | synccheck)
       echo "many_tiles or many_blocks or own_blocks or short_block or test_rows or in_place" \
         "or chunked_queries or neighbouring_sequence_is or no_queries_no_keys or short_segments" ;;
@@ -61,11 +61,12 @@ for tool; do
   echo "== $tool"
   stages=(block_mean gate_topk route gather merge)
   # racecheck takes a warp whose first lane arrives at an mbarrier for all of them for a race.
-  [[ $tool == racecheck && -z ${MOBA_CHECKED:-} ]] || stages+=(sm90_stages)
-  [[ $tool != memcheck ]] || stages+=(flash sm90)  # their kernels are those of the others
+  [[ $tool == racecheck && -z ${MOBA_CHECKED:-} ]] || stages+=(sm90_stages sm90)
+  [[ $tool != memcheck ]] || stages+=(flash)  # its kernels are those of the others
   pids=()
   for stage in "${stages[@]}"; do  # side by side: the tools are slow on the host
     {
+      [[ $stage != sm90 || $tool == memcheck ]] || selected=whole_calls
       sanitize "$tool" -m pytest -q -x -p no:cacheprovider -m gpu -k "$selected" \
         "test_${stage}_cuda.py" >"$logs/$tool.$stage" 2>&1 && code=0 || code=$?
       cat "$logs/$tool.$stage"

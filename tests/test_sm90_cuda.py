@@ -112,8 +112,8 @@ LARGE = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("kind", ["random", "hot"])
-def test_own_blocks_that_begin_with_parts(kind, case, dtype, poisoned):
-    """Against the reference, and the same bits a hundred times."""
+def test_large_blocks(kind, case, dtype, poisoned):
+    """Own blocks' rows begin with parts: against the reference, and the same bits a hundred times."""
     inputs = INPUTS[kind](case, dtype)
     first = check(case, inputs)
     sizes = case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk, None, "sm90"
@@ -129,6 +129,15 @@ def test_invalid_offsets_give_nan_with_large_blocks(values, poisoned):
     dtype = torch.bfloat16
     wrong = run(case, random_inputs(case, dtype), upstream(case, dtype), cu_seqlens)
     assert all(bool(x.isnan().all()) for x in wrong.numbers())
+
+
+@pytest.mark.parametrize("case", [MERGED[3], LARGE[4]])
+def test_whole_calls_give_the_same_bits(case, set_phases):
+    """Forward and backward, twice; what sanitize.sh takes of this file, as the others' references
+    would take minutes under its slower tools."""
+    set_phases(1)
+    inputs, douts = random_inputs(case, torch.bfloat16), upstream(case, torch.bfloat16)
+    assert_same_bits(*(run(case, inputs, douts) for _ in range(2)))
 
 
 def test_merging_on_several_streams(phases):
