@@ -113,7 +113,7 @@ LARGE = [
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("kind", ["random", "hot"])
 def test_large_blocks(kind, case, dtype, poisoned):
-    """Own blocks' rows begin with parts: against the reference, and the same bits a hundred times."""
+    """Against the reference, and the same bits a hundred times; own rows begin with their parts."""
     inputs = INPUTS[kind](case, dtype)
     first = check(case, inputs)
     sizes = case.max_seqlen_q, case.max_seqlen_k, case.block_size, case.topk, None, "sm90"
