@@ -32,6 +32,15 @@ class Group(NamedTuple):
     query_end: int
 
 
+class Lists(NamedTuple):
+    """What lists route makes, and with which segments (Routes, csrc/cuda/stages.h)."""
+
+    every_list: bool = False
+    own_first: bool = False
+    range_queries: int = 0
+    own_apart: bool = False
+
+
 class Call(NamedTuple):
     """A batch on the CPU with a random choice of past blocks, and its metadata on the device."""
 
@@ -69,34 +78,19 @@ class Call(NamedTuple):
     def has_keys(self) -> Tensor:
         return reference.query_positions(*self.cu_seqlens)[1] >= 0
 
-    def route(
-        self,
-        group: Group,
-        segment_rows: int,
-        every_list=False,
-        own_first=False,
-        range_queries=0,
-        own_apart=False,
-    ):
+    def route(self, group: Group, segment_rows: int, kind: Lists = Lists()):
         """entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys."""
         cu_seqlens_q, cu_seqlens_k, cu_blocks = self.sequences
         case = self.case
         return torch.ops.moba.flash_route(
             *(self.ids.to(DEVICE), cu_seqlens_q, cu_blocks, self.tokens_k, case.heads_k),
-            *(case.block_size, segment_rows, *group, every_list, own_first, cu_seqlens_k),
-            *(range_queries, own_apart),
+            *(case.block_size, segment_rows, *group, kind.every_list, kind.own_first),
+            *(cu_seqlens_k, kind.range_queries, kind.own_apart),
         )
 
-    def wanted_route(
-        self,
-        group: Group,
-        segment_rows: int,
-        every_list=False,
-        own_first=False,
-        range_queries=0,
-        own_apart=False,
-    ):
+    def wanted_route(self, group: Group, segment_rows: int, kind: Lists = Lists()):
         """The same, of entries those that are used."""
+        every_list, own_first, range_queries, own_apart = kind
         cu_blocks = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)
         sequence, _ = reference.query_positions(*self.cu_seqlens)
         first, blocks = cu_blocks[sequence], cu_blocks.diff()[sequence]

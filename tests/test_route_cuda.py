@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flash_stages import CASES, DEVICE, INVALID, Call, Group, invalid_call, make_call
+from flash_stages import CASES, DEVICE, INVALID, Call, Group, Lists, invalid_call, make_call
 from numerics import Case, self_attention
 
 from moba_ext import reference
@@ -14,18 +14,19 @@ NAMES = ["positions", "offsets", "segment_offsets", "segment_lists", "cu_rows", 
 
 def assert_routed(call: Call, group: Group, segment_rows: int, *ranges: int) -> None:
     """ranges: lists of ranges of so many queries, too."""
-    kinds = [(False, False), (True, False), (False, True)]
+    kinds = [Lists(), Lists(every_list=True), Lists(own_first=True)]
     for queries in ranges:
-        kinds += [(False, True, queries), (False, False, queries, True)]
+        kinds += [Lists(own_first=True, range_queries=queries)]
+        kinds += [Lists(own_apart=True, range_queries=queries)]
     for kind in kinds:
-        got = call.route(group, segment_rows, *kind)
-        wanted = call.wanted_route(group, segment_rows, *kind)
+        got = call.route(group, segment_rows, kind)
+        wanted = call.wanted_route(group, segment_rows, kind)
         used = wanted[0].numel()
         assert all(x.dtype == torch.int32 for x in got)
         assert torch.equal(got[0][:used].cpu(), wanted[0].int()), "entries"
         for name, x, y in zip(NAMES, got[1:], wanted[1:]):
             assert torch.equal(x.cpu(), y.int()), name
-        again = call.route(group, segment_rows, *kind)
+        again = call.route(group, segment_rows, kind)
         assert torch.equal(again[0][:used], got[0][:used])
         assert all(torch.equal(x, y) for x, y in zip(got[1:], again[1:]))
 
@@ -135,8 +136,8 @@ def test_arguments_are_checked_before_the_launch():
         with pytest.raises(RuntimeError, match=message):
             call.route(group, segment_rows)
     with pytest.raises(RuntimeError, match="range_queries must be at least 0, got -1"):
-        call.route(Group(0, 1, 0, 64), 8, range_queries=-1)
+        call.route(Group(0, 1, 0, 64), 8, Lists(range_queries=-1))
     with pytest.raises(RuntimeError, match="own_apart needs range_queries, and excludes own_first"):
-        call.route(Group(0, 1, 0, 64), 8, own_apart=True)
+        call.route(Group(0, 1, 0, 64), 8, Lists(own_apart=True))
     with pytest.raises(RuntimeError, match="block_ids has the wrong dtype"):
         call._replace(ids=call.ids.long()).route(Group(0, 1, 0, 64), 8)

@@ -12,6 +12,7 @@ from flash_stages import (
     INVALID,
     Call,
     Group,
+    Lists,
     head_major,
     invalid_call,
     make_call,
@@ -48,7 +49,7 @@ class Routed:
     """The routed rows of a group, and what the ops take of them."""
 
     def __init__(self, call: Call, group: Group, rows: int, every_list=False, own_first=False):
-        routes = call.route(group, rows, every_list, own_first)
+        routes = call.route(group, rows, Lists(every_list, own_first))
         entries, _, offsets, segment_offsets, segment_lists, cu_rows, _ = routes
         self.call, self.group = call, group
         self.used, segments = int(offsets[-1]), int(segment_offsets[-1])
