@@ -41,6 +41,9 @@ class Lists(NamedTuple):
     own_apart: bool = False
 
 
+BY_BLOCK = Lists()
+
+
 class Call(NamedTuple):
     """A batch on the CPU with a random choice of past blocks, and its metadata on the device."""
 
@@ -78,7 +81,7 @@ class Call(NamedTuple):
     def has_keys(self) -> Tensor:
         return reference.query_positions(*self.cu_seqlens)[1] >= 0
 
-    def route(self, group: Group, segment_rows: int, kind: Lists = Lists()):
+    def route(self, group: Group, segment_rows: int, kind: Lists = BY_BLOCK):
         """entries, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys."""
         cu_seqlens_q, cu_seqlens_k, cu_blocks = self.sequences
         case = self.case
@@ -88,7 +91,7 @@ class Call(NamedTuple):
             *(cu_seqlens_k, kind.range_queries, kind.own_apart),
         )
 
-    def wanted_route(self, group: Group, segment_rows: int, kind: Lists = Lists()):
+    def wanted_route(self, group: Group, segment_rows: int, kind: Lists = BY_BLOCK):
         """The same, of entries those that are used."""
         every_list, own_first, range_queries, own_apart = kind
         cu_blocks = reference.block_offsets(self.cu_seqlens[1], self.case.block_size)
