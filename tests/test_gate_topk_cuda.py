@@ -139,6 +139,20 @@ def test_nan_infinity_and_negative_zero(dtype, topk):
     assert_exact(case, q, kbar)
 
 
+# 2**-41: what the thresholds are above where marked scores go in as they are.
+@pytest.mark.parametrize(
+    "dtype, exponent", [*((d, 0) for d in DTYPES), *((torch.bfloat16, e) for e in (-38, -45, -70))]
+)
+@pytest.mark.parametrize("topk", [3, 8, 14, 40])
+def test_odd_centroids_below_positive_thresholds(dtype, exponent, topk):
+    case = self_attention([1_500, 700], 2, 1, 64, 2, topk)
+    q, kbar = integer_inputs(case, dtype)
+    kbar *= 2.0**exponent
+    for value in (torch.nan, torch.inf, -torch.inf, 0.0, -0.0):
+        kbar[torch.rand(kbar.shape[:2]) < 0.04] = value
+    assert_exact(case, q.abs() + 1, kbar)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("topk", [3, 8, 14, 30, 60, 320])
 def test_all_scores_equal(dtype, topk):

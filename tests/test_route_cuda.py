@@ -52,9 +52,10 @@ def test_many_tiles(poisoned):
 
 
 @pytest.mark.parametrize("length", [1500, 3000, 5000, 40_000])
-def test_many_blocks(length, poisoned):
+@pytest.mark.parametrize("hot", [False, True])
+def test_many_blocks(length, hot, poisoned):
     """Entries sorted in shared memory, counters alone there, and counters that don't fit."""
-    call = make_call(Case([length // 2], [length], 2, 1, 8, 1, 4))
+    call = make_call(Case([length // 2], [length], 2, 1, 8, 1, 4), hot)
     assert_routed(call, Group(0, 1, 0, length // 2), 256, length // 5)
     assert_routed(call, Group(0, 1, 17, length // 2 - 5), 1)
 

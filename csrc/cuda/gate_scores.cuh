@@ -15,6 +15,8 @@
 // Either way one fixed order of additions, whatever the row's place in the tile.
 #pragma once
 
+#include <cuda.h>
+
 #include "cuda/copies.cuh"
 #include "cuda/device.cuh"
 #include "params.h"
@@ -32,12 +34,43 @@ struct Centroids {
   const T* data;
   uint32_t stride;  // bytes from a block to the next
   int blocks;
+  int row, head;  // of kbar [NB, Hk, D]
 
   __device__ const T* block(int i) const { return after(data, i); }
   __device__ const T* after(const T* from, int steps) const {
     const uint64_t bytes = uint64_t{static_cast<uint32_t>(steps)} * stride;
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
   }
+};
+
+// Two tiles of centroids in shared memory, which all threads copy there. "whole": all of a tile's
+// blocks are past for some row.
+template <typename S>
+class CopiedTiles {
+ public:
+  static constexpr int kBytes = 0;  // of shared memory beside the tiles
+
+  __device__ CopiedTiles(char* shared, uint32_t, const CUtensorMap&) : shared_(shared) {}
+
+  __device__ const char* at(int stage) const { return shared_ + stage * S::kStageBytes; }
+
+  template <typename T>
+  __device__ void fetch(int stage, const Centroids<T>& centroids, int first, int head_dim) const {
+    S::fetch(shared_ + stage * S::kStageBytes, centroids, first, head_dim);
+    commit_copies();
+  }
+  template <typename T>
+  __device__ void fetch_whole(int stage, const Centroids<T>& centroids, int first,
+                              int head_dim) const {
+    fetch(stage, centroids, first, head_dim);
+  }
+
+  // They have come in, for all to see after the next barrier of the thread block.
+  __device__ void arrived() const { S::arrived(); }
+  __device__ void arrived_whole(int) const { S::arrived(); }
+
+ private:
+  char* shared_;
 };
 
 // The 2 x 2 scores of a lane are rows lane / 4 and 8 below, columns 2 * (lane % 4) and the next.
@@ -60,6 +93,7 @@ __device__ void mma(float& s00, float& s01, float& s10, float& s11, uint32_t a0,
 // kDim: head_dim rounded up to 64, 128 or 256; q and centroids are zero from head_dim on.
 template <typename T, int kDim>
 struct Scorer {
+  using Tiles = CopiedTiles<Scorer>;
   static constexpr bool kTogether = false;                // every warp may stop calling scores
   static constexpr int kQBytes = 0;                       // of shared memory for start_q
   static constexpr int kRowGroups = kDim <= 128 ? 4 : 2;  // of a warp; q needs 64 registers
@@ -176,6 +210,7 @@ struct Scorer {
 
 template <int kDim>
 struct Scorer<float, kDim> {
+  using Tiles = CopiedTiles<Scorer>;
   static constexpr bool kTogether = false;
   static constexpr int kRowGroups = 4, kUnits = kRowGroups;
   static constexpr int kStageBytes = 0, kQBytes = 0;

@@ -35,26 +35,28 @@ constexpr int kMaxListSlots = 32;
 static_assert(kTileBlocks == 64 && kChunkBlocks == 32, "a row's survivors are bits of two words");
 static_assert(kLaneBlocks == 8, "a lane's marks are a byte");
 // Columns of the buffer, 2 more than needed: 4 rows x 4 pairs of columns, 8 apart, meet all banks,
-// and drain may read the one after the last.
-constexpr int kPitch = kTileBlocks + 2;
-// Tiles of centroids that are looked at twice, as many as there are stages.
-constexpr int kBoundTiles = 2;
+// and the one before a row's first score says that there is none.
+constexpr int kLead = 2, kPitch = kLead + kTileBlocks;
+// Tiles of centroids in shared memory; as many, the newest, are looked at twice.
+constexpr int kStages = 2;
 
 // What scores in the code for one architecture; all take the same shared memory.
 template <typename T, int kDim>
+constexpr bool kByWgmma = sizeof(T) == 2 && kDim <= 128;
+template <typename T, int kDim>
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 using ArchScorer =
-    std::conditional_t<sizeof(T) == 2 && kDim <= 128, sm90::GateScorer<T, kDim>, Scorer<T, kDim>>;
+    std::conditional_t<kByWgmma<T, kDim>, sm90::GateScorer<T, kDim>, Scorer<T, kDim>>;
 #else
 using ArchScorer = Scorer<T, kDim>;
 #endif
 
 // A row as the whole thread block sees it.
 struct Row {
-  int64_t output;     // element of ids and scores where its K results begin
-  int64_t centroids;  // element of kbar where its sequence's block 0 begins
-  int past;           // number of its past blocks
-  int end;            // row of the tile where its sequence ends
+  int64_t output;   // element of ids and scores where its K results begin
+  int first_block;  // row of kbar where its sequence's block 0 is
+  int past;         // number of its past blocks
+  int end;          // row of the tile where its sequence ends
 };
 
 // Places in dynamic shared memory.
@@ -62,10 +64,12 @@ template <typename S, typename Best>
 struct Shared {
   static constexpr int kWarpRows = S::kRowGroups * 8;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kMasks = 2 * S::kStageBytes;  // byte [warp][chunk][row][3 - t]
+  static constexpr int kMasks = kStages * S::kStageBytes;           // byte [warp][chunk][row][t]
   static constexpr int kScores = kMasks + kRows * kTileBlocks / 8;  // float [row][kPitch]
   static constexpr int kRowTable = kScores + kRows * kPitch * 4;
-  static constexpr int kHeap = kRowTable + kRows * static_cast<int>(sizeof(Row));
+  static constexpr int kBarriers = kRowTable + kRows * static_cast<int>(sizeof(Row));
+  static constexpr int kHeap = kBarriers + kStages * 8;
+  static_assert(S::Tiles::kBytes <= kStages * 8);
 
   // q passes through the buffer for scores, aligned to its rows of up to 256 bytes.
   static_assert(!S::kTogether || S::kQBytes <= kWarpRows * kPitch * 4);
@@ -134,8 +138,7 @@ __device__ Row row_of(const Problem& problem, const Divisors& by, const RowTile&
                       const Sequence& sequence) {
   const int64_t position = sequence.keys - (sequence.end_q - tile.query(row));
   const int64_t rows_left = (sequence.end_q - tile.first_query) * by.group - tile.first_member;
-  return {output_of(problem, tile, row),
-          (sequence.first_block * problem.heads_k + tile.head_k) * problem.head_dim,
+  return {output_of(problem, tile, row), static_cast<int>(sequence.first_block),
           position < 0 ? 0 : static_cast<int>(static_cast<uint32_t>(position) / by.block_size),
           static_cast<int>(min(rows_left, int64_t{tile.count}))};
 }
@@ -147,10 +150,13 @@ __device__ void store_invalid(const RowOutput& to, int64_t slots) {
   }
 }
 
-// -1 of 0.
-__device__ int highest_bit(uint32_t bits) {
+// The highest bit, which is taken out; -1 of 0.
+__device__ int take_highest(uint32_t& bits) {
   int result;
   asm("bfind.u32 %0, %1;" : "=r"(result) : "r"(bits));
+  uint32_t bit;  // 0 of -1
+  asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(result));
+  bits ^= bit;
   return result;
 }
 
@@ -169,6 +175,9 @@ __device__ float mark_offset(float threshold) {
   return -(t - fmaxf(fabsf(t) * 0x1p-23f, 0x1p-62f)) * 0x1p64f;
 }
 
+// Of thresholds from 2^-41 on: what they mark is positive, and its saturated value 1, no fraction.
+constexpr float kPositiveOffset = -0x1p23f;
+
 __device__ float saturated(float x, float scale, float offset) {
   float result;
   asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(x), "f"(scale), "f"(offset));
@@ -183,10 +192,12 @@ class Selector {
 
   __device__ Selector(char* shared, Best& best) : best_(best) {
     const int warp = threadIdx.x / 32;
-    buffer_ =
-        reinterpret_cast<float*>(shared + Shared<S, Best>::kScores) + warp * kWarpRows * kPitch;
+    buffer_ = reinterpret_cast<float*>(shared + Shared<S, Best>::kScores) +
+              warp * kWarpRows * kPitch + kLead;
     masks_ = reinterpret_cast<uint8_t*>(shared + Shared<S, Best>::kMasks) +
              warp * kWarpRows * kTileBlocks / 8;
+    __syncwarp();  // q was there
+    lane_row()[-1] = __int_as_float(kNoKey);
   }
 
   // Takes up a sequence: `past` blocks for the lane's row, 0 if it belongs to another one.
@@ -198,12 +209,13 @@ class Selector {
   }
 
   // Bounds the K-th best score of the lane's row from below by the blocks from `first` on, the
-  // newest, whose centroids lie in kBoundTiles stages, newest first: groups of their columns have a
+  // newest, whose centroids lie in the stages, newest first: groups of their columns have a
   // score of at least their maximum each, so K of all scores are not below the K-th best maximum.
   // least: past blocks of every row of the thread block, whose warps must take the same way.
   template <typename T>
-  __device__ void bound(const S& scorer, const char* stages, const Centroids<T>& centroids,
-                        int first, int least, int slots, int head_dim) {
+  __device__ void bound(const S& scorer, const typename S::Tiles& tiles,
+                        const Centroids<T>& centroids, int first, int least, int slots,
+                        int head_dim) {
     if constexpr (Best::kGroups > 0) {
       float best[kRowGroups][Best::kGroups / 4];
 #pragma unroll
@@ -211,8 +223,8 @@ class Selector {
         for (float& x : best[i]) x = -INFINITY;
       }
 #pragma unroll 1
-      for (int tile = 0; tile < kBoundTiles && tile * kTileBlocks <= first; ++tile) {
-        const char* const stage = stages + tile * S::kStageBytes;
+      for (int tile = 0; tile < kStages && tile * kTileBlocks <= first; ++tile) {
+        const char* const stage = tiles.at(tile);
         const int tile_first = first - tile * kTileBlocks;
         if (tile_first + kTileBlocks <= least) {
           maxima<0, true>(scorer, stage, centroids, tile_first, head_dim, best);
@@ -226,16 +238,16 @@ class Selector {
 #pragma unroll
       for (int i = 0; i < kRowGroups; ++i) store(best[i], to + i * 8 * kPitch);
       __syncwarp();
-      bound_ = Best::kth_best(slots, buffer_ + lane() % kWarpRows * kPitch);
+      bound_ = Best::kth_best(slots, lane_row());
       __syncwarp();
       publish();
     }
   }
 
-  // Blocks first .. first + 63 of the sequence, whose centroids lie in `stage`.
+  // Blocks first .. first + 63 of the sequence, whose centroids lie in `stage`. least: as in bound.
   template <typename T>
   __device__ void select(const S& scorer, const char* stage, const Centroids<T>& centroids,
-                         int first, int head_dim) {
+                         int first, int least, int head_dim) {
     if constexpr (S::kTogether) {
       scorer.each(stage, [&](auto part, const auto& s) { mark<part>(s); });
     } else {
@@ -249,21 +261,24 @@ class Selector {
       mark_part(std::integral_constant<int, 0>{});
     }
     __syncwarp();
-    uint32_t high = 0, low = 0;
-    if (owner()) {
+    const auto* const masks = reinterpret_cast<const uint32_t*>(masks_) + lane() % kWarpRows;
+    uint32_t low = masks[0], high = masks[kWarpRows];
+    if (first + kTileBlocks <= least && __all_sync(kAllLanes, offset_ <= kPositiveOffset)) {
+      drain<true>(owner() ? high : 0, owner() ? low : 0, first);
+    } else {
       // Where there is room and no bound, or mark_offset would not be exact, everything enters.
       const uint32_t all = offset_ > 0x1p126f ? ~uint32_t{0} : 0;
-      const auto* const masks = reinterpret_cast<const uint32_t*>(masks_) + lane();
-      low = (masks[0] | all) & first_columns(past_ - first);
-      high = (masks[kWarpRows] | all) & first_columns(past_ - first - kChunkBlocks);
+      const int past = owner() ? past_ - first : 0;
+      drain<false>((high | all) & first_columns(past - kChunkBlocks),
+                   (low | all) & first_columns(past), first);
     }
-    drain(high, low, first);
     publish();
   }
 
  private:
   static __device__ int lane() { return threadIdx.x % 32; }
   static __device__ bool owner() { return lane() < kWarpRows; }
+  __device__ float* lane_row() const { return buffer_ + lane() % kWarpRows * kPitch; }
 
   // Whether the warp has something to score in a part.
   template <int kPart, typename T>
@@ -280,7 +295,7 @@ class Selector {
   }
 
   static __device__ uint32_t first_columns(int count) {
-    return count <= 0 ? 0 : ~uint32_t{0} << (32 - min(count, 32));
+    return count <= 0 ? 0 : ~uint32_t{0} >> (32 - min(count, 32));
   }
 
   // kWhole: the blocks are past for all rows of the warp.
@@ -303,13 +318,13 @@ class Selector {
     }
   }
 
-  // Scores of a part into the buffer, and one bit for each, the first column highest. By
+  // Scores of a part into the buffer, and one bit for each, the first column lowest. By
   // multiplications: the unit that compares and shifts has most to do here.
   template <int kPart>
   __device__ void mark(const float (&s)[S::kUnits][kLaneBlocks]) {
     const int g = lane() / 4, t = lane() % 4;
     float* const buffer = buffer_ + g * kPitch + t * kLaneBlocks;
-    uint8_t* const masks = masks_ + g * 4 + 3 - t;
+    uint8_t* const masks = masks_ + g * 4 + t;
 #pragma unroll
     for (int unit = 0; unit < S::kUnits; ++unit) {
       const int i = S::row_group(kPart, unit), chunk = S::chunk(kPart, unit);
@@ -319,7 +334,7 @@ class Selector {
 #pragma unroll
       for (int b = 0; b < kLaneBlocks; ++b) {
         float& sum = marks[b % 2];
-        sum = fmaf(saturated(s[unit][b], 0x1p64f, offset), 0x80 >> b, sum);
+        sum = fmaf(saturated(s[unit][b], 0x1p64f, offset), 1 << b, sum);
       }
       masks[(chunk * kWarpRows + i * 8) * 4] =
           static_cast<uint8_t>(__float_as_uint(marks[0] + marks[1]));
@@ -335,34 +350,34 @@ class Selector {
     }
   }
 
-  // Inserts the marked columns of the lane's row, the newest first: bit 31 - c of a word is column
-  // c. The load of a score runs ahead of the insertion before it. The warp stays together for as
-  // long as its fullest row takes: leaving the loop one by one, or voting in each turn, costs more.
+  // Inserts the marked columns of the lane's row, the newest first. kPositive: their scores are
+  // positive, so that these are keys. The load of a score runs ahead of the insertion before it.
+  // The warp stays together for as long as its fullest row takes: leaving the loop one by one, or
+  // voting in each turn, costs more.
+  template <bool kPositive>
   __device__ void drain(uint32_t high, uint32_t low, int first) {
-    const uint32_t row = shared_address(buffer_ + lane() % kWarpRows * kPitch);
+    const uint32_t row = shared_address(lane_row());
     uint32_t mask = high != 0 ? high : low;
     uint32_t rest = high != 0 ? low : 0;
-    int last = high != 0 ? kTileBlocks - 1 : kChunkBlocks - 1;  // column of the lowest bit
+    int chunk = high != 0 ? kChunkBlocks : 0;
     int column = 0;
-    bool marked = false;
     float score = 0.0f;
     const auto advance = [&] {
-      const uint32_t bit = mask & (0 - mask);
-      marked = bit != 0;
-      column = last - highest_bit(bit);  // last + 1 if there is none
+      column = chunk + take_highest(mask);  // -1 if there is none
       score = load_score(row, column);
-      mask ^= bit;
       if (mask == 0) {
         mask = rest;
         rest = 0;
-        last = kChunkBlocks - 1;
+        chunk = 0;
       }
     };
     int turns = __reduce_max_sync(kAllLanes, __popc(high) + __popc(low));
     advance();
 #pragma unroll 1  // two turns at a time want a third for an odd one: 3 % of row C
     for (; turns > 0; --turns) {
-      const int32_t key = marked ? key_of(score) : kNoKey, id = first + column;
+      int32_t key = __float_as_int(score);
+      if (!kPositive) key = column < 0 ? kNoKey : key_of(score);
+      const int32_t id = first + column;
       advance();
       best_.insert(key, id);
     }
@@ -410,7 +425,9 @@ __device__ void store_rows(const GateTopkParams& params, const Row* rows, int co
 template <typename T, int kDim, typename Best>
 __global__ void __launch_bounds__(kGateThreads,
                                   ArchScorer<T, kDim>::kTogether ? Best::kThreadBlocks : 2)
-    gate_topk_kernel(GateTopkParams params, Divisors by, bool aligned_q) {
+    gate_topk_kernel(const __grid_constant__ GateTopkParams params,
+                     const __grid_constant__ Divisors by, bool aligned_q,
+                     const __grid_constant__ CUtensorMap map) {
   using S = ArchScorer<T, kDim>;
   using Layout = Shared<S, Best>;
   extern __shared__ __align__(1024) char shared[];  // as the widest swizzle wants it
@@ -440,46 +457,58 @@ __global__ void __launch_bounds__(kGateThreads,
     return;
   }
   if (owner) rows[own_row] = row_of(problem, by, tile, own_row, sequence);
+  typename S::Tiles tiles(shared, shared_address(shared) + Layout::kBarriers, map);
+  __syncthreads();
+
+  int begin = 0, end = 0, newest = 0;  // rows of a sequence, and its newest tile
+  const auto centroids = [&] {
+    const int64_t row = rows[begin].first_block;
+    return Centroids<T>{
+        static_cast<const T*>(params.kbar) + (row * problem.heads_k + tile.head_k) * head_dim,
+        static_cast<uint32_t>(problem.heads_k * head_dim * sizeof(T)), rows[end - 1].past,
+        static_cast<int>(row), static_cast<int>(tile.head_k)};
+  };
+  // Takes up the next sequence with past blocks: the newest tiles come.
+  const auto next_sequence = [&] {
+    for (begin = end; begin < tile.count; begin = end) {
+      end = rows[begin].end;
+      const int blocks = rows[end - 1].past;  // positions ascend: the most in this sequence
+      if (blocks == 0) continue;
+      newest = (blocks - 1) / kTileBlocks * kTileBlocks;
+      tiles.fetch(0, centroids(), newest, head_dim);
+      if (newest > 0) tiles.fetch_whole(1, centroids(), newest - kTileBlocks, head_dim);
+      return;
+    }
+    commit_copies();  // none, for finish_q
+  };
+  next_sequence();
   scorer.finish_q(aligned_q, staging);
   Best best(static_cast<int>(problem.slots),
             reinterpret_cast<int64_t*>(shared + Layout::kHeap) + own_row,
             owner ? row_output(params, rows[own_row].output) : RowOutput{});
   Selector<S, Best> selector(shared, best);
-  __syncthreads();
 
-  for (int begin = 0, end = 0; begin < tile.count; begin = end) {
-    end = rows[begin].end;
-    const int blocks = rows[end - 1].past;  // positions ascend: the most in this sequence
-    if (blocks == 0) continue;
-    const Centroids<T> centroids{static_cast<const T*>(params.kbar) + rows[begin].centroids,
-                                 static_cast<uint32_t>(problem.heads_k * head_dim * sizeof(T)),
-                                 blocks};
-    const int newest = (blocks - 1) / kTileBlocks * kTileBlocks;
-    for (int i = 0; i < kBoundTiles && newest >= i * kTileBlocks; ++i) {
-      S::fetch(shared + i * S::kStageBytes, centroids, newest - i * kTileBlocks, head_dim);
-    }
-    commit_copies();
+  while (begin < tile.count) {
     selector.begin(own_row >= begin && own_row < end && owner ? rows[own_row].past : 0);
-    S::arrived();
+    tiles.arrived();
+    if (newest > 0) tiles.arrived_whole(1);
     __syncthreads();
     const int least = end - begin == Layout::kRows ? rows[begin].past : 0;  // positions ascend
-    selector.bound(scorer, shared, centroids, newest, least, static_cast<int>(problem.slots),
+    selector.bound(scorer, tiles, centroids(), newest, least, static_cast<int>(problem.slots),
                    head_dim);
     int stage = 0;
     for (int first = newest; first >= 0; first -= kTileBlocks) {
       if (first < newest) {
         // This tile has come in, and no warp reads the one before it any more.
-        S::arrived();
+        if (first + kTileBlocks < newest) tiles.arrived_whole(stage);
         __syncthreads();
-        if (first > 0) {
-          S::fetch(shared + (stage ^ 1) * S::kStageBytes, centroids, first - kTileBlocks, head_dim);
-        }
-        commit_copies();
+        if (first > 0) tiles.fetch_whole(stage ^ 1, centroids(), first - kTileBlocks, head_dim);
       }
-      selector.select(scorer, shared + stage * S::kStageBytes, centroids, first, head_dim);
+      selector.select(scorer, tiles.at(stage), centroids(), first, least, head_dim);
       stage ^= 1;
     }
     __syncthreads();  // before the next sequence takes the stages
+    next_sequence();
   }
   store_rows<Layout::kWarpRows>(params, rows + warp_row, tile.count - warp_row,
                                 reinterpret_cast<float*>(staging), best);
@@ -499,15 +528,20 @@ cudaError_t launch(const GateTopkParams& params, cudaStream_t stream, int most_b
   const int64_t width = 16 / static_cast<int64_t>(sizeof(T));
   const bool aligned_q = reinterpret_cast<uintptr_t>(params.q.data) % 16 == 0 &&
                          params.q.token_stride % width == 0 && params.q.head_stride % width == 0;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           std::max(bytes, most_bytes));
+  CUtensorMap map{};
+  cudaError_t error = cudaSuccess;
+  if constexpr (kByWgmma<T, kDim>) error = sm90::map_centroids(problem, params.kbar, map);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 std::max(bytes, most_bytes));
+  }
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
   }
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(grid), kGateThreads, bytes, stream>>>(params, Divisors(problem),
-                                                                       aligned_q);
+                                                                       aligned_q, map);
   return cudaGetLastError();
 }
 

@@ -239,7 +239,7 @@ class RowLoader {
       for (int j = 0; j < kVectors; ++j) {
         const uint32_t row = __shfl_sync(~0u, mine, first + j * kAtOnce);
         // The row's number modulo 8 is first + j * kAtOnce % 8, whose bits don't meet.
-        copy_async((to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128, from + row, true);
+        copy_async_kept((to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128, from + row);
       }
     }
     arrive_after_copies(full);

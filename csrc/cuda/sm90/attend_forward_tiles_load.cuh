@@ -19,7 +19,7 @@ static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
 constexpr int kRows = 64 * kConsumers;  // of a segment at most
 static_assert(kRows == kSegmentRows);
 constexpr int kKeys = kKeyTile;
-constexpr int kQStages = 3, kKeyStages = 2, kWorkStages = 4;
+constexpr int kQStages = 3, kKeyStages = 2, kWorkStages = 5;
 constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
 
 // An item, for all warps.
@@ -181,6 +181,11 @@ class RowLoader {
   static constexpr int kLaneRows = 64 / 32;
   static constexpr uint32_t kNone = ~0u;  // instead of a row
 
+  // Of rows lane, lane + 32 of the consumer: their entries, or of own rows their numbers.
+  struct Numbers {
+    uint32_t row[kLaneRows];
+  };
+
   // Rows of part_out that are those of rows lane, lane + 32 of the consumer, in a slot.
   struct PartRows {
     uint32_t row[kLaneRows];
@@ -198,14 +203,16 @@ class RowLoader {
         lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    for (;;) {
-      const Work work = works_.take();
-      if (work.rows == 0) break;
+    Work work = works_.take(), next;
+    for (Numbers numbers = find_numbers(work), of_next; work.rows > 0;
+         work = next, numbers = of_next) {
       const int rows = min(work.rows - consumer_ * 64, 64);
       PartRows parts;
       if (rows > 0 && work.parts > 0) parts = find_parts(work, 0);
       acquire();
-      if (rows > 0) load(work);
+      if (rows > 0) load(work, numbers);
+      next = works_.take();
+      of_next = find_numbers(next);
       if (work.parts >= 0) tell();
       wait_copies<0>();
       fence_async_proxy();
@@ -248,19 +255,30 @@ class RowLoader {
     tell();
   }
 
-  __device__ void load(const Work& work) const {
+  // Asked for while rows of the item before are on their way.
+  __device__ Numbers find_numbers(const Work& work) const {
+    Numbers numbers;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = row_of(work, i);
+      numbers.row[i] = work.first + row;
+      if (work.begin < 0 && work.rows > 0) {
+        numbers.row[i] = static_cast<uint32_t>(params_.entries[work.row + row]);
+      }
+    }
+    return numbers;
+  }
+
+  __device__ void load(const Work& work, const Numbers& numbers) const {
     const uint32_t query = params_.query_begin - work.head * params_.queries;  // that of row 0
     uint32_t of_row[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const int row = row_of(work, i);
-      const uint32_t number =
-          work.begin < 0 ? static_cast<uint32_t>(params_.entries[work.row + row]) / params_.slots
-                         : work.first + row;
+      const uint32_t number = work.begin < 0 ? numbers.row[i] / params_.slots : numbers.row[i];
       const RowPlace place = RowPlace::in_order(params_, work.head, query, number);
       of_row[i] = params_.q.at(place.query, place.head);
     }
-    copy(of_row, params_.q.data, 1);
+    copy<false>(of_row, params_.q.data, 1);
   }
 
   // Slot by slot, zeros where a row has none. What is needed for the next slot is asked for before
@@ -276,7 +294,7 @@ class RowLoader {
     for (int slot = 0; slot < work.parts; ++slot) {
       acquire();
       if (mine) {
-        copy(of_row.row, static_cast<const uint4*>(params_.part_out), kVectors);
+        copy<true>(of_row.row, static_cast<const uint4*>(params_.part_out), kVectors);
         arrive_after_copies(q_.full_barrier());
         const uint32_t lse_at = shared_ + Layout::kLse + (q_.stage() * kRows + consumer_ * 64) * 4;
 #pragma unroll
@@ -330,6 +348,7 @@ class RowLoader {
   }
 
   // Rows from + of_row * step, the lane's of_row being those of rows lane, lane + 32.
+  template <bool kParts>
   __device__ void copy(const uint32_t (&of_row)[kLaneRows], const uint4* from, int step) const {
     const int vector = lane_ % kVectors, first = lane_ / kVectors;
     const uint32_t to =
@@ -342,8 +361,12 @@ class RowLoader {
         const uint32_t at = __shfl_sync(~0u, of_row[i], first + j * kAtOnce);
         const bool some = at != kNone;
         // The row's number modulo 8 is first + j * kAtOnce % 8, whose bits don't meet.
-        copy_async((to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128,
-                   from + uint64_t{some ? at : 0} * step, some);
+        const uint32_t there = (to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128;
+        if (kParts) {
+          copy_async_once(there, from + uint64_t{some ? at : 0} * step, some);
+        } else {
+          copy_async_kept(there, from + uint64_t{at} * step);
+        }
       }
     }
     commit_copies();

@@ -8,13 +8,82 @@
 
 #include "cuda/gate_scores.cuh"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/tensor_map.h"
 
 namespace moba::cuda::sm90 {
+
+// Rows of a tile in shared memory are blocks in such an order that a lane's columns of a product
+// are neighbours: row 8 * j + 2 * t + i of a chunk is block 8 * t + 2 * j + i. So the copy engine
+// puts them if i, t and j are dimensions of what it copies, of which i alone knows where kbar ends:
+// a tile must have all of its blocks. It copies zeros behind head_dim.
+inline cudaError_t map_centroids(const Problem& problem, const void* kbar, CUtensorMap& centroids) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error != cudaSuccess || major != 9) return error;
+  const auto dim = static_cast<cuuint64_t>(problem.head_dim), head = dim * 2;
+  const auto heads = static_cast<cuuint64_t>(problem.heads_k), block = heads * head;
+  const cuuint64_t sizes[] = {dim, heads, static_cast<cuuint64_t>(problem.num_blocks), 4, 4};
+  const cuuint64_t strides[] = {head, block, 8 * block, 2 * block};
+  const cuuint32_t box[] = {64, 1, 2, 4, 4};
+  return encode_map(centroids, problem.dtype, 5, kbar, sizes, strides, box);
+}
+
+// Two tiles of centroids in shared memory, whole ones by the copy engine: to copy them was a tenth
+// of all threads' instructions.
+template <typename S>
+class EngineTiles {
+ public:
+  static constexpr int kBytes = 16;  // an mbarrier for each
+  static constexpr int kBoxBytes = kChunkBlocks * 128, kBoxes = S::kStageBytes / kBoxBytes;
+  static_assert(kBoxes <= kGateThreads / 32);
+
+  // By all threads, before a barrier of the thread block.
+  __device__ EngineTiles(char* shared, uint32_t barriers, const CUtensorMap& map)
+      : copied_(shared, barriers, map), map_(map), barriers_(barriers) {
+    if (threadIdx.x == 0) {
+      init_barrier(barriers_, kBoxes);
+      init_barrier(barriers_ + 8, kBoxes);
+      fence_barrier_init();
+    }
+  }
+
+  __device__ const char* at(int stage) const { return copied_.at(stage); }
+
+  template <typename T>
+  __device__ void fetch(int stage, const Centroids<T>& centroids, int first, int head_dim) const {
+    copied_.fetch(stage, centroids, first, head_dim);
+  }
+
+  template <typename T>
+  __device__ void fetch_whole(int stage, const Centroids<T>& centroids, int first, int) const {
+    const int box = threadIdx.x / 32;  // a warp has one of a panel's chunks
+    if (threadIdx.x % 32 != 0 || box >= kBoxes) return;
+    const uint32_t barrier = barriers_ + stage * 8;
+    arrive_expecting(barrier, kBoxBytes);
+    copy_tensor_5d(shared_address(at(stage)) + box * kBoxBytes, map_, box / 2 * 64, centroids.head,
+                   centroids.row + first + box % 2 * kChunkBlocks, barrier);
+  }
+
+  __device__ void arrived() const { copied_.arrived(); }
+  __device__ void arrived_whole(int stage) {
+    wait(barriers_ + stage * 8, parities_ >> stage & 1);
+    parities_ ^= 1 << stage;
+  }
+
+ private:
+  CopiedTiles<S> copied_;
+  const CUtensorMap& map_;
+  uint32_t barriers_, parities_ = 0;  // a bit for each
+};
 
 // kDim: head_dim rounded up to 64 or 128; q and centroids are zero from head_dim on.
 template <typename T, int kDim>
 struct GateScorer {
   static_assert(sizeof(T) == 2 && (kDim == 64 || kDim == 128) && kGateThreads == 128);
+  using Tiles = EngineTiles<GateScorer>;
   static constexpr bool kTogether = true;  // all warps must call scores
   static constexpr int kRowGroups = 4, kUnits = 4;
   static constexpr int kStageBytes = kTileBlocks * kDim * static_cast<int>(sizeof(T));
@@ -44,7 +113,7 @@ struct GateScorer {
     const int lane = threadIdx.x % 32;
     const uint32_t from =
         shared_address(staging) + lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
-    wait_copies<0>();
+    wait_copies<1>();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
@@ -56,8 +125,7 @@ struct GateScorer {
   }
 
   // All threads copy tile `first` of the centroids; rows from `blocks` on are zero. Panels of 64
-  // columns, swizzled over 128 bytes. Lane t of a quad gets columns 8 * j + 2 * t + i of a chunk's
-  // products, which shall be blocks 8 * t + 2 * j + i: a thread copies those of one 2 * t + i.
+  // columns, swizzled over 128 bytes. Rows in the order above: a thread's are those of one t and i.
   static __device__ void fetch(char* stage, const Centroids<T>& centroids, int first,
                                int head_dim) {
     static_assert(kTileBlocks == 64 && kChunkBlocks == 32);

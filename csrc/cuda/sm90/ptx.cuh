@@ -173,6 +173,15 @@ inline __device__ void copy_tensor(uint32_t to_shared, const CUtensorMap& map, i
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
+// Of five dimensions, the last two whole.
+inline __device__ void copy_tensor_5d(uint32_t to_shared, const CUtensorMap& map, int x, int y,
+                                      int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5, %5}], [%6];" ::"r"(to_shared),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(0), "r"(barrier)
+      : "memory");
+}
 // What is written and read once leaves L2 before what is not.
 inline __device__ uint64_t evict_first() {
   uint64_t policy;
@@ -194,6 +203,14 @@ inline __device__ void copy_async_once(uint32_t to_shared, const void* from, boo
       "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, p, %3; }" ::"r"(to_shared),
       "l"(from), "r"(static_cast<uint32_t>(valid)), "l"(evict_first())
       : "memory");
+}
+// As copy_async of 16 bytes, of what is read again and again and shall leave L2 last.
+inline __device__ void copy_async_kept(uint32_t to_shared, const void* from) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to_shared),
+               "l"(from), "l"(policy)
+               : "memory");
 }
 // Bulk copies from shared to global memory, for one thread: float32 may be added to what is there.
 inline __device__ void copy_bulk(void* to, uint32_t from_shared, int bytes) {

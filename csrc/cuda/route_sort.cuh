@@ -1,0 +1,109 @@
+// What the kernels of route share: sizes of the sort, and entries with their blocks.
+#pragma once
+
+#include "cuda/blocks.cuh"
+#include "cuda/device.cuh"
+#include "cuda/divisor.h"
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kUnroll = 4;
+
+// Sizes of the sort; entries are counted within a KV head.
+struct Sort {
+  const int32_t* ids;           // [Tq, Hq, K], of the first query and head
+  const int32_t* cu_seqlens_q;  // [batch + 1]
+  const int64_t* cu_blocks;     // [batch + 1]
+  int64_t batch;
+  uint32_t query_stride;  // Hq * K
+  uint32_t query_begin;
+  Divisor query_entries;  // G * K
+  Divisor slots;          // K
+  uint32_t entries;       // of a KV head
+  uint32_t range_entries, range_queries;
+  uint32_t ranges;       // of a KV head
+  uint32_t tile, tiles;  // entries of a tile, tiles of a range
+  uint32_t heads;
+  uint32_t num_blocks;
+  uint32_t range_step, block_step;  // between the lists of neighbouring ranges and blocks
+  bool own_apart;
+
+  __host__ __device__ int64_t lists() const {
+    return int64_t{heads} * ranges * num_blocks * (own_apart ? 2 : 1);
+  }
+  // range: of those of all heads.
+  __device__ int64_t list(uint32_t range, uint32_t n) const {
+    if (own_apart) range = entries_section(range);
+    return int64_t{range} * range_step + int64_t{n} * block_step;
+  }
+  // Place in tiles_kernel's lengths of the number of own segments.
+  __device__ int64_t own_length(uint32_t range, uint32_t n) const {
+    if (!own_apart) return lists() + list(range, n);
+    return int64_t{own_section(range, heads * ranges)} * num_blocks + n;
+  }
+  // The head's entries from a tile's first on, and where they end.
+  __device__ uint32_t begin(uint32_t range, uint32_t tile_of_range) const {
+    return range % ranges * range_entries + tile_of_range * tile;
+  }
+  __device__ uint32_t end(uint32_t range, uint32_t tile_of_range) const {
+    const uint32_t of_range = min(tile_of_range * tile + tile, range_entries);
+    return min(range % ranges * range_entries + of_range, entries);
+  }
+};
+
+// The sequence that a thread is in; its entries ascend.
+struct Sequence {
+  uint32_t query_end = 0;
+  int32_t first_block = 0;
+  int32_t blocks = 0;
+};
+
+// Invalid cu_seqlens give a sequence of all queries without blocks.
+__device__ Sequence find_sequence_of_query(const Sort& sort, uint32_t query) {
+  Sequence sequence;
+  if (sort.cu_blocks[0] != 0) {
+    sequence.query_end = ~0u;
+  } else {
+    const int64_t b = find_part(sort.cu_seqlens_q, sort.batch, query);
+    sequence.query_end = static_cast<uint32_t>(sort.cu_seqlens_q[b + 1]);
+    sequence.first_block = static_cast<int32_t>(sort.cu_blocks[b]);
+    sequence.blocks = static_cast<int32_t>(sort.cu_blocks[b + 1] - sort.cu_blocks[b]);
+  }
+  return sequence;
+}
+
+// Entries first + u * step, those below `end`: their queries, and what ids has of them, or -1.
+struct Entries {
+  uint32_t queries[kUnroll];
+  int32_t ids[kUnroll];
+
+  __device__ void load(const Sort& sort, uint32_t head, uint32_t first, uint32_t step,
+                       uint32_t end) {
+    const int32_t* const of_head = sort.ids + uint64_t{head} * sort.query_entries;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t entry = first + u * step, query = entry / sort.query_entries;
+      const uint32_t rest = entry - query * sort.query_entries;
+      queries[u] = sort.query_begin + query;
+      ids[u] = -1;
+      if (entry < end) ids[u] = of_head[uint64_t{query} * sort.query_stride + rest];
+    }
+  }
+
+  // Their block table rows, or -1.
+  __device__ void find_blocks(const Sort& sort, Sequence& sequence,
+                              int32_t (&blocks)[kUnroll]) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      blocks[u] = -1;
+      if (ids[u] < 0) continue;
+      if (queries[u] >= sequence.query_end) sequence = find_sequence_of_query(sort, queries[u]);
+      if (ids[u] < sequence.blocks) blocks[u] = sequence.first_block + ids[u];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace moba::cuda
