@@ -12,7 +12,7 @@
 // Segments without entries have rows of the block's own queries, each against the keys up to
 // itself. With merging they come after the entries of the next head: then their rows' parts, of all
 // slots, are there, and join the softmax beside the last tile of keys, slot by slot, as if each
-// were a key. They come in through the stages of q.
+// were a key. A warp copies those of its rows itself, to where their q was.
 
 #pragma once
 
@@ -56,7 +56,7 @@ class Consumer {
       for (;;) {
         if (++tile == item.tiles) {
           tile = 0;
-          q_ = q_.ahead(1 + max(item.parts, 0));
+          q_.advance();
           item = next_item();
           if (!mine(item)) break;
         }
@@ -82,6 +82,7 @@ class Consumer {
   __device__ Work next_item() {
     const Work work = works_.take();
     if (work.rows > 0) wait(q_.full_barrier(), q_.parity());
+    if (work.parts > 0 && mine(work)) part_ = find_part_row(work, 0);
     return work;
   }
 
@@ -98,11 +99,8 @@ class Consumer {
       release(Layout::kVEmpty + v_.stage() * 8);
       v_.advance();
     }
-    for (int part = -1; part < max(item.parts, 0); ++part) {
-      if (part >= 0) wait(q_.full_barrier(), q_.parity());
-      release(Layout::kQEmpty + q_.stage() * 8);
-      q_.advance();
-    }
+    release(Layout::kQEmpty + q_.stage() * 8);
+    q_.advance();
   }
 
   // What the product with v of a step needs, which comes with the next one's.
@@ -132,9 +130,7 @@ class Consumer {
       wait_wgmma<1>();
     }
     hold(s_);
-    // With parts the rows leave by way of the last one's stage.
     const bool joining = kMasked && item.parts > 0 && tile + 1 == item.tiles;
-    if constexpr (kMasked) arrive_warp_if(shared_ + Layout::kQEmpty + q_.stage() * 8, joining);
     const float top[2] = {top_[0], top_[1]}, sum[2] = {sum_[0], sum_[1]};
     float factor[2];
     if constexpr (kMasked) mask(item, tile);
@@ -151,17 +147,11 @@ class Consumer {
     if (tile > 0 && __any_sync(~0u, grown)) rescale(factor, out_);
     if (joining) {
       if (tile == 0) clear(out_);
-      for (int i = 0; i < item.parts; ++i) add_part(q_.ahead(1 + i), i + 1 == item.parts);
+      add_parts(item);
     }
     pack_weights();
-    before_ = {tile > 0 || joining,
-               v_.stage(),
-               v_.parity(),
-               q_.ahead(max(item.parts, 0)).stage(),
-               item.row,
-               item.rows,
-               item.head,
-               item.parts >= 0};
+    before_ = {tile > 0 || joining, v_.stage(), v_.parity(),    q_.stage(), item.row,
+               item.rows,           item.head,  item.parts >= 0};
   }
 
   // S = q k^T
@@ -247,16 +237,67 @@ class Consumer {
     for (int i = 0; i < kCount; ++i) x[i] *= factor[i / 2 % 2];
   }
 
-  // The next slot's parts join as softmax and product of one key would, whose score is their lse.
-  __device__ void add_part(const Ring<kQStages>& ring, bool last) {
-    wait(ring.full_barrier(), ring.parity());
-    const int row = index_ * 64 + thread_ / 32 * 16, lane = thread_ % 32;
-    const uint32_t lse_at = shared_ + Layout::kLse + (ring.stage() * kRows + row + lane / 4) * 4;
+  // The lane's share of what is to be known of two slots' parts from `slot` on: lane % 16 is the
+  // row of the warp, lane / 16 the slot. Where in part_out its part is; ~0: it has none.
+  __device__ uint32_t find_part_row(const Work& item, int slot) const {
+    const int lane = thread_ % 32, row = index_ * 64 + thread_ / 32 * 16 + lane % 16;
+    slot += lane / 16;
+    if (slot >= item.parts) return ~0u;
+    const uint32_t number = item.first + min(row, item.rows - 1);
+    return static_cast<uint32_t>(__ldg(params_.merging.positions + (number * item.parts + slot)));
+  }
+
+  __device__ float load_part_lse() const {
+    return part_ == ~0u ? -INFINITY : __ldcg(params_.part_lse + part_);
+  }
+
+  // The parts of the warp's rows join, slot by slot. They come to where q was, from where the
+  // rows leave, too; a second place would cost a stage of the rings.
+  __device__ void add_parts(const Work& item) {
+    while (load_acquire_shared(shared_ + Layout::kAttended + index_ * 4) <= item.head) {
+    }
+    const uint32_t at = shared_ + Layout::q(q_.stage()) + (index_ * 64 + thread_ / 32 * 16) * 128;
+    float lse = load_part_lse();
+    copy_part(at, 0);
+    uint32_t next = find_part_row(item, 2);
+#pragma unroll 1
+    for (int slot = 0;;) {
+      wait_copies<0>();
+      __syncwarp();
+      add_part(at, lse, slot % 2);
+      if (++slot == item.parts) break;
+      if (slot % 2 == 0) {
+        part_ = next;
+        lse = load_part_lse();
+        next = find_part_row(item, slot + 2);
+      }
+      __syncwarp();
+      copy_part(at, slot % 2);
+    }
+  }
+
+  // which: of the two slots that the lanes know of.
+  __device__ void copy_part(uint32_t to, int which) const {
+    constexpr int kVectors = Layout::kVectors, kAtOnce = 32 / kVectors;  // rows
+    const int lane = thread_ % 32, vector = lane % kVectors, first = lane / kVectors;
+    const auto* const from = static_cast<const uint4*>(params_.part_out) + vector;
+#pragma unroll
+    for (int row = 0; row < 16; row += kAtOnce) {
+      const uint32_t part = __shfl_sync(~0u, part_, which * 16 + row + first);
+      copy_async_once(to + vector_at(kRows, row + first, vector),
+                      from + uint64_t{part == ~0u ? 0 : part} * kVectors, part != ~0u);
+    }
+    commit_copies();
+  }
+
+  // As softmax and product of one key would, whose score is the part's lse.
+  __device__ void add_part(uint32_t from, float of_lane, int which) {
+    const int lane = thread_ % 32;
     float factor[2], weight[2];
     bool any = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float lse = __int_as_float(load_shared_int(lse_at + half * 8 * 4)) * kLog2e;
+      const float lse = __shfl_sync(~0u, of_lane, which * 16 + half * 8 + lane / 4) * kLog2e;
       const bool grown = lse - top_[half] > kSlack;
       factor[half] = grown ? exp2_fast(top_[half] - lse) : 1.0f;
       top_[half] = grown ? lse : top_[half];
@@ -268,7 +309,6 @@ class Consumer {
       rescale(factor, s_);
       rescale(factor, out_);
     }
-    const uint32_t from = shared_ + Layout::q(ring.stage()) + row * 128;
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
       uint32_t part[4];
@@ -281,7 +321,6 @@ class Consumer {
         x[1] = fmaf(pair.y, weight[j % 2], x[1]);
       }
     }
-    if (!last) release(Layout::kQEmpty + ring.stage() * 8);
   }
 
   __device__ void pack_weights() {
@@ -363,6 +402,7 @@ class Consumer {
   float s_[kKeys / 2], out_[kDim / 2];
   uint32_t p_[kKeys / 16][4];
   float top_[2] = {}, sum_[2] = {};  // base 2
+  uint32_t part_ = ~0u;              // of the item (find_part_row)
 };
 
 // Rows of the group's that see no key, and all of them if cu_seqlens are invalid.
@@ -409,7 +449,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kQStages; ++i) {
-      init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32 * RowLoader<kDim>::kQArrivals);
+      init_barrier(shared + Layout::kQFull + i * 8, kConsumers * 32);
       init_barrier(shared + Layout::kQEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
     }
     for (int i = 0; i < kWorkStages; ++i) {
@@ -423,6 +463,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(shared + Layout::kVEmpty + i * 8, kConsumers * 4 * kWarpArrivals);
     }
     fence_barrier_init();
+    for (int i = 0; i < kConsumers; ++i) store_shared(shared + Layout::kAttended + i * 4, 0u);
   }
   if (params.merging.phases > 0) fill_rows_without_keys<kDim>(params);
   __syncthreads();

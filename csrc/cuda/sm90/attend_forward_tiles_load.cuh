@@ -65,9 +65,8 @@ struct Shared {
   static constexpr int kKeyBytes = kKeys * kDim * 2;  // of k, and of v
   static constexpr int kKeyTiles = kQStages * kQBytes;
   static constexpr int kWork = kKeyTiles + kKeyStages * 2 * kKeyBytes;
-  static constexpr int kLse =
-      kWork + kWorkStages * sizeof(Work);                     // float [stage of q][row]: parts'
-  static constexpr int kQFull = kLse + kQStages * kRows * 4;  // mbarriers
+  static constexpr int kAttended = kWork + kWorkStages * sizeof(Work);  // int [consumer]: heads
+  static constexpr int kQFull = kAttended + kConsumers * 4;             // mbarriers
   static constexpr int kQEmpty = kQFull + kQStages * 8;
   static constexpr int kKFull = kQEmpty + kQStages * 8;
   static constexpr int kKEmpty = kKFull + kKeyStages * 8;
@@ -169,31 +168,23 @@ class Finder {
   int last_;
 };
 
-// The warp that copies a consumer's rows of q, and of parts that are merged with them. It tells the
-// other thread blocks of parts that its consumer has stored: a fence takes thousands of cycles,
-// 12 % of E's attend by the consumers themselves. A stage of q that is free says that what was in
-// it has been.
+// The warp that copies a consumer's rows of q. It tells the other thread blocks of parts that its
+// consumer has stored, and the consumer of heads whose parts are all there: a fence takes thousands
+// of cycles, 12 % of E's attend by the consumers themselves. A stage of q that is free says that
+// what was in it has been stored.
 template <int kDim>
 class RowLoader {
   using Layout = Shared<kDim>;
   static constexpr int kVectors = Layout::kVectors;
   static constexpr int kAtOnce = 32 / kVectors;  // rows
   static constexpr int kLaneRows = 64 / 32;
-  static constexpr uint32_t kNone = ~0u;  // instead of a row
 
   // Of rows lane, lane + 32 of the consumer: their entries, or of own rows their numbers.
   struct Numbers {
     uint32_t row[kLaneRows];
   };
 
-  // Rows of part_out that are those of rows lane, lane + 32 of the consumer, in a slot.
-  struct PartRows {
-    uint32_t row[kLaneRows];
-  };
-
  public:
-  static constexpr int kQArrivals = 2;  // of every lane: its copies have come, and what it stored
-
   __device__ RowLoader(const MappedParams& params, uint32_t shared, int consumer)
       : params_(params),
         shared_(shared),
@@ -207,8 +198,6 @@ class RowLoader {
     for (Numbers numbers = find_numbers(work), of_next; work.rows > 0;
          work = next, numbers = of_next) {
       const int rows = min(work.rows - consumer_ * 64, 64);
-      PartRows parts;
-      if (rows > 0 && work.parts > 0) parts = find_parts(work, 0);
       acquire();
       if (rows > 0) load(work, numbers);
       next = works_.take();
@@ -216,7 +205,7 @@ class RowLoader {
       if (work.parts >= 0) tell();
       wait_copies<0>();
       fence_async_proxy();
-      arrive(q_.full_barrier(), kQArrivals);
+      arrive(q_.full_barrier());
       if (work.parts < 0 && params_.merging.phases > 0) {
         // An item is stored when its consumer has the rows of the next one.
         if (work.head != head_) tell_of_all();
@@ -224,7 +213,7 @@ class RowLoader {
         if (rows > 0) in_stages_ |= static_cast<uint32_t>(rows) << q_.stage() * 8;
       }
       q_.advance();
-      if (work.parts > 0) load_parts(work, rows > 0, parts);
+      if (work.parts > 0 && work.head >= attended_) wait_for(work.head);
     }
     tell_of_all();
   }
@@ -278,56 +267,20 @@ class RowLoader {
       const RowPlace place = RowPlace::in_order(params_, work.head, query, number);
       of_row[i] = params_.q.at(place.query, place.head);
     }
-    copy<false>(of_row, params_.q.data, 1);
-  }
-
-  // Slot by slot, zeros where a row has none. What is needed for the next slot is asked for before
-  // this one's copies, or the warp would need longer for an item than its consumer.
-  __device__ void load_parts(const Work& work, bool mine, PartRows of_row) {
-    if (work.head >= attended_) wait_for(work.head);
-    PartRows next;
-    float lse[kLaneRows];
-    if (mine) {
-      next = find_parts(work, min(1, work.parts - 1));
-      load_lse(of_row, lse);
-    }
-    for (int slot = 0; slot < work.parts; ++slot) {
-      acquire();
-      if (mine) {
-        copy<true>(of_row.row, static_cast<const uint4*>(params_.part_out), kVectors);
-        arrive_after_copies(q_.full_barrier());
-        const uint32_t lse_at = shared_ + Layout::kLse + (q_.stage() * kRows + consumer_ * 64) * 4;
+    const int vector = lane_ % kVectors, first = lane_ / kVectors;
+    const uint32_t to =
+        shared_ + Layout::q(q_.stage()) + vector_at(kRows, consumer_ * 64 + first, vector);
+    const uint4* const from = params_.q.data + vector;
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) {
-          store_shared(lse_at + (i * 32 + lane_) * 4, __float_as_uint(lse[i]));
-        }
-        arrive(q_.full_barrier());
-        of_row = next;
-        load_lse(of_row, lse);
-        next = find_parts(work, min(slot + 2, work.parts - 1));
-      } else {
-        arrive(q_.full_barrier(), kQArrivals);
+    for (int i = 0; i < kLaneRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        // The row's number modulo 8 is first + j * kAtOnce % 8, whose bits don't meet.
+        copy_async_kept((to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128,
+                        from + __shfl_sync(~0u, of_row[i], first + j * kAtOnce));
       }
-      q_.advance();
     }
-  }
-
-  __device__ PartRows find_parts(const Work& work, int slot) const {
-    PartRows parts;
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-      const int entry = (work.first + row_of(work, i)) * params_.slots + slot;
-      parts.row[i] = static_cast<uint32_t>(__ldg(params_.merging.positions + entry));
-    }
-    return parts;
-  }
-
-  __device__ void load_lse(const PartRows& parts, float (&lse)[kLaneRows]) const {
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-      lse[i] = -INFINITY;
-      if (parts.row[i] != kNone) lse[i] = __ldcg(params_.part_lse + parts.row[i]);
-    }
+    commit_copies();
   }
 
   // Until the parts of all entries of a head are there, and so of the heads before. Others may wait
@@ -340,36 +293,12 @@ class RowLoader {
     while (load_acquire(params_.next + 1 + head) != rows) {
     }
     attended_ = head + 1;
+    store_release_shared(shared_ + Layout::kAttended + consumer_ * 4, attended_);
   }
 
   // The lane's of the consumer's rows; behind the last one this again.
   __device__ int row_of(const Work& work, int i) const {
     return min(consumer_ * 64 + i * 32 + lane_, work.rows - 1);
-  }
-
-  // Rows from + of_row * step, the lane's of_row being those of rows lane, lane + 32.
-  template <bool kParts>
-  __device__ void copy(const uint32_t (&of_row)[kLaneRows], const uint4* from, int step) const {
-    const int vector = lane_ % kVectors, first = lane_ / kVectors;
-    const uint32_t to =
-        shared_ + Layout::q(q_.stage()) + vector_at(kRows, consumer_ * 64 + first, vector);
-    from += vector;
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        const uint32_t at = __shfl_sync(~0u, of_row[i], first + j * kAtOnce);
-        const bool some = at != kNone;
-        // The row's number modulo 8 is first + j * kAtOnce % 8, whose bits don't meet.
-        const uint32_t there = (to ^ j * kAtOnce % 8 * 16) + (i * 32 + j * kAtOnce) * 128;
-        if (kParts) {
-          copy_async_once(there, from + uint64_t{some ? at : 0} * step, some);
-        } else {
-          copy_async_kept(there, from + uint64_t{at} * step);
-        }
-      }
-    }
-    commit_copies();
   }
 
   const MappedParams& params_;

@@ -48,6 +48,18 @@ inline __device__ int load_shared_int(uint32_t from_shared) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from_shared) : "memory");
   return value;
 }
+// What this thread has seen before the store, those see that see it.
+inline __device__ void store_release_shared(uint32_t to_shared, int value) {
+  asm volatile("st.release.cta.shared::cta.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
+}
+inline __device__ int load_acquire_shared(uint32_t from_shared) {
+  int value;
+  asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];"
+               : "=r"(value)
+               : "r"(from_shared)
+               : "memory");
+  return value;
+}
 inline __device__ uint4 load_shared(uint32_t from_shared) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -114,16 +126,6 @@ inline __device__ void arrive(uint32_t barrier, int count) {
 inline __device__ void arrive_warp(uint32_t barrier) {
   __syncwarp();
   if (kWarpArrivals > 1 || threadIdx.x % 32 == 0) arrive(barrier);
-}
-// The same without a branch, which may stand between products and the wait for them.
-inline __device__ void arrive_warp_if(uint32_t barrier, bool condition) {
-  __syncwarp();
-  condition = condition && (kWarpArrivals > 1 || threadIdx.x % 32 == 0);
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(
-          barrier),
-      "r"(static_cast<uint32_t>(condition))
-      : "memory");
 }
 // When the copies that this thread has issued are done; the barrier counts on it.
 inline __device__ void arrive_after_copies(uint32_t barrier) {
