@@ -191,43 +191,40 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   const int32_t* const rows = table + (int64_t{range} * sort.tiles + first) * num_blocks;
   int64_t chosen = 0;
   constexpr uint32_t kThreads = kWarps * 32;
-  // Sums over blocks, whose terms are asked for together. With 8 warps there are few: B 33 -> 35 us
-  // with 4 of them, but D 1,560 -> 1,240.
+  // Sums over blocks; all that they need is asked for before the first.
   constexpr uint32_t kScans = kWarps < 8 ? 4 : 1;
   for (uint32_t begin = threadIdx.x; begin < num_blocks + threadIdx.x; begin += kScans * kThreads) {
-    int32_t offset[kScans], before[kScans], after[kScans];
+    int32_t offset[kScans], after[kScans], of_tile[kScans][kWarps];
 #pragma unroll
-    for (uint32_t u = 0; u < kScans; ++u) {  // all loads before the first sum
+    for (uint32_t u = 0; u < kScans; ++u) {
       const uint32_t n = begin + u * kThreads;
-      offset[u] = before[u] = after[u] = 0;
+      offset[u] = after[u] = of_tile[u][0] = 0;
       if (n >= num_blocks) continue;
       const int64_t list = sort.list(range, n);
       offset[u] = routes.offsets[list];
-      before[u] = rows[n];
+#pragma unroll
+      for (uint32_t tile = 0; tile < kWarps; ++tile) {
+        if (tile < count) of_tile[u][tile] = rows[tile * num_blocks + n];
+      }
       const bool last = first + count >= sort.tiles;
       after[u] = last ? routes.offsets[list + 1] - offset[u] : rows[count * num_blocks + n];
     }
 #pragma unroll
     for (uint32_t u = 0; u < kScans; ++u) {
       if (begin - threadIdx.x + u * kThreads >= num_blocks) break;
-      const int32_t of_block = after[u] - before[u];
+      const int32_t of_block = after[u] - of_tile[u][0];
       int64_t total;
       const int64_t sum = block_scan<kThreads>(of_block, scratch, total);
-      after[u] = static_cast<int32_t>(chosen + sum) - of_block;  // its place here
+      const int32_t place = static_cast<int32_t>(chosen + sum) - of_block;  // here
       chosen += total;
-    }
-#pragma unroll
-    for (uint32_t u = 0; u < kScans; ++u) {
       const uint32_t n = begin + u * kThreads;
-      if (n < num_blocks) base[n] = offset[u] + before[u] - after[u];
-    }
-    for (uint32_t tile = 0; tile < count; ++tile) {
+      if (n >= num_blocks) continue;
+      base[n] = offset[u] + of_tile[u][0] - place;
 #pragma unroll
-      for (uint32_t u = 0; u < kScans; ++u) {
-        const uint32_t n = begin + u * kThreads;
-        if (n >= num_blocks) continue;
+      for (uint32_t tile = 0; tile < kWarps; ++tile) {
+        if (tile >= count) break;
         counters[tile * counters_of_tile + n] =
-            static_cast<uint16_t>(after[u] + rows[tile * num_blocks + n] - before[u]);
+            static_cast<uint16_t>(place + of_tile[u][tile] - of_tile[u][0]);
       }
     }
   }

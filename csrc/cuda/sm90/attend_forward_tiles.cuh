@@ -150,8 +150,14 @@ class Consumer {
       add_parts(item);
     }
     pack_weights();
-    before_ = {tile > 0 || joining, v_.stage(), v_.parity(),    q_.stage(), item.row,
-               item.rows,           item.head,  item.parts >= 0};
+    before_ = {.accumulate = tile > 0 || joining,
+               .v_stage = v_.stage(),
+               .v_parity = v_.parity(),
+               .q_stage = q_.stage(),
+               .row = item.row,
+               .rows = item.rows,
+               .head = item.head,
+               .whole = item.parts >= 0};
   }
 
   // S = q k^T

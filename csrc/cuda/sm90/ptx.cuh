@@ -117,11 +117,6 @@ inline __device__ void arrive(uint32_t barrier) {
   delay();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-inline __device__ void arrive(uint32_t barrier, int count) {
-  delay();
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
-               : "memory");
-}
 // A warp has done with what the barrier guards: kWarpArrivals of it.
 inline __device__ void arrive_warp(uint32_t barrier) {
   __syncwarp();

@@ -38,11 +38,6 @@ struct Ring {
   __device__ uint32_t full_barrier() const { return full + stage() * 8; }
   __device__ uint32_t empty_barrier() const { return empty + stage() * 8; }
   __device__ void advance() { place = place + 1 == 2 * kStages ? 0 : place + 1; }
-  __device__ Ring ahead(int stages) const {
-    Ring result = *this;
-    result.place = (place + stages) % (2 * kStages);
-    return result;
-  }
 };
 
 // The block of a list.
