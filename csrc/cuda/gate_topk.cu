@@ -198,6 +198,7 @@ class Selector {
              warp * kWarpRows * kTileBlocks / 8;
     __syncwarp();  // q was there
     lane_row()[-1] = __int_as_float(kNoKey);
+    __syncwarp();  // store_rows may be next
   }
 
   // Takes up a sequence: `past` blocks for the lane's row, 0 if it belongs to another one.

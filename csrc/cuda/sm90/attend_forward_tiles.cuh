@@ -260,8 +260,11 @@ class Consumer {
   // The parts of the warp's rows join, slot by slot. They come to where q was, from where the
   // rows leave, too; a second place would cost a stage of the rings.
   __device__ void add_parts(const Work& item) {
-    while (load_acquire_shared(shared_ + Layout::kAttended + index_ * 4) <= item.head) {
+    if (thread_ % 32 == 0) {
+      while (read_raised_shared(shared_ + Layout::kAttended + index_ * 4) <= item.head) {
+      }
     }
+    __syncwarp();
     const uint32_t at = shared_ + Layout::q(q_.stage()) + (index_ * 64 + thread_ / 32 * 16) * 128;
     float lse = load_part_lse();
     copy_part(at, 0);

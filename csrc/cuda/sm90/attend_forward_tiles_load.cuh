@@ -293,7 +293,7 @@ class RowLoader {
     while (load_acquire(params_.next + 1 + head) != rows) {
     }
     attended_ = head + 1;
-    store_release_shared(shared_ + Layout::kAttended + consumer_ * 4, attended_);
+    raise_shared(shared_ + Layout::kAttended + consumer_ * 4, attended_);
   }
 
   // The lane's of the consumer's rows; behind the last one this again.

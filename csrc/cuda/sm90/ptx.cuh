@@ -48,13 +48,15 @@ inline __device__ int load_shared_int(uint32_t from_shared) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from_shared) : "memory");
   return value;
 }
-// What this thread has seen before the store, those see that see it.
-inline __device__ void store_release_shared(uint32_t to_shared, int value) {
-  asm volatile("st.release.cta.shared::cta.b32 [%0], %1;" ::"r"(to_shared), "r"(value) : "memory");
+// A number that only grows: who sees it sees what the thread has seen that raised it. By atomic
+// operations, as racecheck knows no others that may meet.
+inline __device__ void raise_shared(uint32_t to_shared, int value) {
+  asm volatile("red.release.cta.shared::cta.max.s32 [%0], %1;" ::"r"(to_shared), "r"(value)
+               : "memory");
 }
-inline __device__ int load_acquire_shared(uint32_t from_shared) {
+inline __device__ int read_raised_shared(uint32_t from_shared) {
   int value;
-  asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];"
+  asm volatile("atom.acquire.cta.shared::cta.max.s32 %0, [%1], 0;"
                : "=r"(value)
                : "r"(from_shared)
                : "memory");
