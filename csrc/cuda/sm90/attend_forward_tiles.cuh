@@ -133,7 +133,13 @@ class Consumer {
     const bool joining = kMasked && item.parts > 0 && tile + 1 == item.tiles;
     const float top[2] = {top_[0], top_[1]}, sum[2] = {sum_[0], sum_[1]};
     float factor[2];
-    if constexpr (kMasked) mask(item, tile);
+    bool asked = false;
+    if constexpr (kMasked) {
+      sync_warp_group(1 + index_);  // all warps have their scores: where q was is free
+      asked = joining && attended(item.head);
+      copy_part(0, asked);
+      mask(item, tile);
+    }
     const bool grown = softmax(tile, factor);
     // ptxas would put the wait for the other product before the exponentials; not before a barrier
     // whose number they decide. Sums are not negative.
@@ -147,7 +153,7 @@ class Consumer {
     if (tile > 0 && __any_sync(~0u, grown)) rescale(factor, out_);
     if (joining) {
       if (tile == 0) clear(out_);
-      add_parts(item);
+      add_parts(item, asked);
     }
     pack_weights();
     before_ = {.accumulate = tile > 0 || joining,
@@ -257,23 +263,31 @@ class Consumer {
     return part_ == ~0u ? -INFINITY : __ldcg(params_.part_lse + part_);
   }
 
-  // The parts of the warp's rows join, slot by slot. They come to where q was, from where the
-  // rows leave, too; a second place would cost a stage of the rings.
-  __device__ void add_parts(const Work& item) {
-    if (thread_ % 32 == 0) {
-      while (read_raised_shared(shared_ + Layout::kAttended + index_ * 4) <= item.head) {
+  // Whether the parts of all rows of a head are there, so far as the loading warp has seen.
+  __device__ bool attended(int head) const {
+    return read_raised_shared(shared_ + Layout::kAttended + index_ * 4) > head;
+  }
+
+  // Where the warp's rows of q were, and parts of them come.
+  __device__ uint32_t own_rows() const {
+    return shared_ + Layout::q(q_.stage()) + (index_ * 64 + thread_ / 32 * 16) * 128;
+  }
+
+  // The parts of the warp's rows join, slot by slot, where q was, from where the rows leave, too: a
+  // second place would cost a stage of the rings. asked: the first slot's are on their way.
+  __device__ void add_parts(const Work& item, bool asked) {
+    if (!asked) {
+      while (!attended(item.head)) {
       }
+      copy_part(0, true);
     }
-    __syncwarp();
-    const uint32_t at = shared_ + Layout::q(q_.stage()) + (index_ * 64 + thread_ / 32 * 16) * 128;
     float lse = load_part_lse();
-    copy_part(at, 0);
     uint32_t next = find_part_row(item, 2);
 #pragma unroll 1
     for (int slot = 0;;) {
       wait_copies<0>();
       __syncwarp();
-      add_part(at, lse, slot % 2);
+      add_part(lse, slot % 2);
       if (++slot == item.parts) break;
       if (slot % 2 == 0) {
         part_ = next;
@@ -281,26 +295,26 @@ class Consumer {
         next = find_part_row(item, slot + 2);
       }
       __syncwarp();
-      copy_part(at, slot % 2);
+      copy_part(slot % 2, true);
     }
   }
 
-  // which: of the two slots that the lanes know of.
-  __device__ void copy_part(uint32_t to, int which) const {
+  // If wanted. which: of the two slots that the lanes know of.
+  __device__ void copy_part(int which, bool wanted) const {
     constexpr int kVectors = Layout::kVectors, kAtOnce = 32 / kVectors;  // rows
     const int lane = thread_ % 32, vector = lane % kVectors, first = lane / kVectors;
     const auto* const from = static_cast<const uint4*>(params_.part_out) + vector;
 #pragma unroll
     for (int row = 0; row < 16; row += kAtOnce) {
       const uint32_t part = __shfl_sync(~0u, part_, which * 16 + row + first);
-      copy_async_once(to + vector_at(kRows, row + first, vector),
-                      from + uint64_t{part == ~0u ? 0 : part} * kVectors, part != ~0u);
+      copy_async_once_if(own_rows() + vector_at(kRows, row + first, vector),
+                         from + uint64_t{part == ~0u ? 0 : part} * kVectors, part != ~0u, wanted);
     }
     commit_copies();
   }
 
   // As softmax and product of one key would, whose score is the part's lse.
-  __device__ void add_part(uint32_t from, float of_lane, int which) {
+  __device__ void add_part(float of_lane, int which) {
     const int lane = thread_ % 32;
     float factor[2], weight[2];
     bool any = false;
@@ -318,6 +332,7 @@ class Consumer {
       rescale(factor, s_);
       rescale(factor, out_);
     }
+    const uint32_t from = own_rows();
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
       uint32_t part[4];
