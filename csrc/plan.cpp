@@ -40,7 +40,7 @@ RouteTable route_table(int64_t heads, int64_t entries_of_head, int64_t num_block
   const int64_t least = std::clamp(shared_out, kMinTile, kMostTile);
   const int64_t tile = std::max(num_blocks / 128 * 128, least);
   const int64_t tiles = ceil_div(entries_of_head, tile);
-  return {tile, tiles, heads * (tiles + 2) * num_blocks};
+  return {tile, tiles, heads * std::max<int64_t>(tiles + 2, 4) * num_blocks};
 }
 
 int64_t dense_pairs(int64_t queries, int64_t keys) {

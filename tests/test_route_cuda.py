@@ -51,10 +51,20 @@ def test_many_tiles(poisoned):
     assert_routed(hot, Group(0, 1, 1000, 5999), 1024, 2222)
 
 
+@pytest.mark.parametrize("topk", [4, 6])  # ranked by comparison, and row by row
+@pytest.mark.parametrize("hot", [False, True])
+def test_many_lists(topk, hot, poisoned):
+    """More than one launch routes, whose thread blocks would have to sum them all up."""
+    call = make_call(self_attention([400, 300, 0, 7], 16, 16, 8, 1, topk), hot)
+    assert_routed(call, Group(0, 16, 0, 707), 64, 500)
+    assert_routed(call, Group(1, 16, 11, 700), 3)
+
+
 @pytest.mark.parametrize("length", [1500, 3000, 5000, 40_000])
 @pytest.mark.parametrize("hot", [False, True])
 def test_many_blocks(length, hot, poisoned):
-    """Entries sorted in shared memory, counters alone there, and counters that don't fit."""
+    """One launch; entries sorted in shared memory, counters alone there, and counters that don't
+    fit."""
     call = make_call(Case([length // 2], [length], 2, 1, 8, 1, 4), hot)
     assert_routed(call, Group(0, 1, 0, length // 2), 256, length // 5)
     assert_routed(call, Group(0, 1, 17, length // 2 - 5), 1)

@@ -68,25 +68,31 @@ inline __device__ int64_t find_sequence(const int64_t* cu_blocks, int64_t batch,
   return find_part(cu_blocks, batch, row);
 }
 
+// Inclusive sum over the first kLanes lanes of a warp.
+template <int kLanes>
+__device__ int64_t warp_scan(int64_t value) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int64_t below = __shfl_up_sync(~0u, value, step);
+    if (threadIdx.x % 32 >= step) value += below;
+  }
+  return value;
+}
+
 // Inclusive sum over a thread block of kThreads; `total` is that of all. scratch has one entry per
 // warp. Ends with all threads in step.
 template <int kThreads>
 __device__ int64_t block_scan(int64_t value, int64_t* scratch, int64_t& total) {
+  constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int step = 1; step < 32; step *= 2) {
-    const int64_t below = __shfl_up_sync(~0u, value, step);
-    if (lane >= step) value += below;
-  }
+  value = warp_scan<32>(value);
   if (lane == 31) scratch[warp] = value;
   __syncthreads();
-  int64_t before = 0;
-  total = 0;
-  for (int other = 0; other < kThreads / 32; ++other) {
-    if (other == warp) before = total;
-    total += scratch[other];
-  }
+  const int64_t of_warps = warp_scan<kWarps>(lane < kWarps ? scratch[lane] : 0);
+  total = __shfl_sync(~0u, of_warps, kWarps - 1);
+  const int64_t before = __shfl_sync(~0u, of_warps, max(warp - 1, 0));
   __syncthreads();
-  return value + before;
+  return warp == 0 ? value : value + before;
 }
 
 }  // namespace moba::cuda

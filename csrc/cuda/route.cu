@@ -10,12 +10,15 @@
 //     the tiles of a thread block are sorted in shared memory first. The first thread blocks of the
 //     grid write the segments.
 //
+// Where there are few entries and lists, all of it is one launch (route_small.cuh).
+//
 // Positions are sums of counts, and lanes of a warp that chose the same block are ranked by lane:
 // the result does not depend on scheduling.
 
 #include <algorithm>
 
 #include "cuda/route_place.cuh"
+#include "cuda/route_small.cuh"
 #include "cuda/route_sort.cuh"
 #include "plan.h"
 
@@ -54,18 +57,6 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t
   if (!kShared) return;
   __syncthreads();
   for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += blockDim.x) row[n] = counts[n];
-}
-
-// Segments of a block's own queries.
-__device__ int32_t own_segments(const Sort& sort, const Problem& problem, const Group& group,
-                                const Routes& routes, uint32_t range, uint32_t n) {
-  if (problem.cu_blocks[0] != 0) return 0;
-  const int64_t begin = group.query_begin + range % sort.ranges * sort.range_queries;
-  const int64_t end = min(begin + sort.range_queries, group.query_end);
-  const OwnQueries own(problem, TableBlock(problem, static_cast<int>(n)), static_cast<int>(begin),
-                       static_cast<int>(end));
-  const int64_t rows = own.count() * (problem.heads_q / problem.heads_k);
-  return static_cast<int32_t>((rows + routes.segment_rows - 1) / routes.segment_rows);
 }
 
 // 32 lists per thread block, its warps take runs of tiles. lengths: of every list the entries, or,
@@ -107,38 +98,23 @@ __global__ void __launch_bounds__(kTileScanWarps * 32)
   if (warp == kTileScanWarps - 1 && inside) {
     lengths[sort.list(range, n)] = before;
     if (routes.own != OwnSegments::kNone) {
-      lengths[sort.own_length(range, n)] = own_segments(sort, problem, group, routes, range, n);
+      lengths[sort.own_length(range, n)] = own_segments(sort, problem, group, range, n);
     }
   }
 }
 
-// A list's entries, and in the upper half its segments.
-__device__ int64_t entries_and_segments(const Routes& routes, uint32_t num_blocks,
-                                        const int32_t* lengths, int64_t lists, int64_t list) {
-  const auto segment_rows = static_cast<uint32_t>(min(routes.segment_rows, int64_t{INT32_MAX}));
-  const uint32_t entries = lengths[list];
-  if (routes.own == OwnSegments::kApart &&
-      is_own_section(static_cast<uint32_t>(list) / num_blocks,
-                     static_cast<uint32_t>(lists) / num_blocks)) {
-    return int64_t{entries} << 32;
-  }
-  uint32_t segments = (entries + segment_rows - 1) / segment_rows;
-  if (routes.own == OwnSegments::kFirst) segments += lengths[lists + list];
-  return int64_t{max(segments, uint32_t{routes.every_list})} << 32 | entries;
-}
-
 // Lengths become offsets; a thread block sums those of all lists before its own. Both sums are
 // below 2^31 and travel in one 64-bit number.
-__global__ void __launch_bounds__(kScanThreads)
-    lists_kernel(int64_t lists, uint32_t num_blocks, Routes routes, const int32_t* lengths) {
+__global__ void __launch_bounds__(kScanThreads, 1)
+    lists_kernel(Sort sort, Routes routes, const int32_t* lengths) {
   __shared__ int64_t scratch[kScanThreads / 32];
-  const int64_t begin = int64_t{blockIdx.x} * kScanThreads * kScanItems;
+  const int64_t lists = sort.lists(), begin = int64_t{blockIdx.x} * kScanThreads * kScanItems;
   int64_t carry = 0;
   if (begin > 0) {
     int64_t earlier = 0;
 #pragma unroll 4
     for (int64_t list = threadIdx.x; list < begin; list += kScanThreads) {
-      earlier += entries_and_segments(routes, num_blocks, lengths, lists, list);
+      earlier += entries_and_segments(sort, routes, lengths, list);
     }
     block_scan<kScanThreads>(earlier, scratch, carry);
   }
@@ -150,7 +126,7 @@ __global__ void __launch_bounds__(kScanThreads)
 #pragma unroll
   for (int i = 0; i < kScanItems; ++i) {
     const int64_t list = first + i * 32;
-    sums[i] = list < lists ? entries_and_segments(routes, num_blocks, lengths, lists, list) : 0;
+    sums[i] = list < lists ? entries_and_segments(sort, routes, lengths, list) : 0;
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -217,7 +193,10 @@ Sort make_sort(const Problem& problem, const Group& group, const Routes& routes,
   sort.query_entries = Divisor(static_cast<uint32_t>(query_entries));
   sort.slots = Divisor(static_cast<uint32_t>(problem.slots));
   sort.heads = static_cast<uint32_t>(group.heads());
-  sort.num_blocks = static_cast<uint32_t>(problem.num_blocks);
+  sort.num_blocks = Divisor(static_cast<uint32_t>(problem.num_blocks));
+  sort.query_heads = static_cast<uint32_t>(problem.group());
+  sort.segment_rows =
+      Divisor(static_cast<uint32_t>(std::min<int64_t>(routes.segment_rows, INT32_MAX)));
   const Ranges ranges(group, routes.range_queries);
   const RouteTable table = ranges.table(problem, group);
   sort.entries = static_cast<uint32_t>(group.queries() * query_entries);
@@ -227,7 +206,7 @@ Sort make_sort(const Problem& problem, const Group& group, const Routes& routes,
   sort.tile = static_cast<uint32_t>(table.tile);
   sort.tiles = static_cast<uint32_t>(table.tiles);
   sort.own_apart = routes.own == OwnSegments::kApart;
-  sort.range_step = routes.by_head ? sort.num_blocks : 1;
+  sort.range_step = routes.by_head ? uint32_t{sort.num_blocks} : 1;
   sort.block_step = routes.by_head ? 1 : sort.heads;
   return sort;
 }
@@ -249,8 +228,7 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
                                                                        table, lengths);
   }
   const int64_t scans = std::max<int64_t>(ceil_div(lists, kScanThreads * kScanItems), 1);
-  lists_kernel<<<static_cast<unsigned>(scans), kScanThreads, 0, stream>>>(lists, sort.num_blocks,
-                                                                          routes, lengths);
+  lists_kernel<<<static_cast<unsigned>(scans), kScanThreads, 0, stream>>>(sort, routes, lengths);
   const auto place = [&](auto kernel, int64_t warps, int64_t thread_blocks, int64_t bytes) {
     const int64_t segments =
         routes.segment_offsets != nullptr ? ceil_div(routes.max_segments + 1, warps * 32) : 0;
@@ -290,6 +268,9 @@ int64_t route_workspace(const Problem& problem, const Group& group, int64_t rang
 cudaError_t route(const Problem& problem, const Group& group, const int32_t* ids,
                   const Routes& routes, int32_t* workspace, cudaStream_t stream) {
   const Sort sort = make_sort(problem, group, routes, ids);
+  bool small = false;
+  const cudaError_t error = route_small(sort, problem, group, routes, workspace, stream, small);
+  if (small || error != cudaSuccess) return error;
   return counters_bytes(problem.num_blocks) <= kMaxShared
              ? launch<true>(sort, problem, group, routes, workspace, stream)
              : launch<false>(sort, problem, group, routes, workspace, stream);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/route_sort.cuh"
 
@@ -15,21 +14,21 @@ constexpr int64_t kMaxSorted = 128 * 1024;
 static_assert(kMaxSorted / 4 < 1 << 16);
 
 // segment in [0, max_segments].
-__device__ void write_segment(const Routes& routes, int64_t lists, int64_t block_size,
+__device__ void write_segment(const Sort& sort, const Routes& routes, int64_t block_size,
                               int64_t segment) {
+  const int64_t lists = sort.lists();
   const int64_t used = routes.segment_offsets[lists];
-  int64_t list = -1, begin = routes.offsets[lists];
+  int32_t list = -1, begin = routes.offsets[lists];
   if (segment < used) {
-    list = find_part(routes.segment_offsets, lists, segment);
-    const int64_t begin_of_list = routes.offsets[list];
+    list = find_part(routes.segment_offsets, static_cast<int32_t>(lists), segment);
+    begin = routes.offsets[list];
     // Those with entries are the last ones.
-    const int64_t entries = routes.offsets[list + 1] - begin_of_list;
-    const int64_t after = routes.segment_offsets[list + 1] - segment;
-    const int64_t of_entries = (entries + routes.segment_rows - 1) / routes.segment_rows;
-    begin = begin_of_list + max(of_entries - after, int64_t{0}) * routes.segment_rows;
+    const int32_t after = routes.segment_offsets[list + 1] - static_cast<int32_t>(segment);
+    const int32_t of_entries = sort.segments(routes.offsets[list + 1] - begin);
+    begin += max(of_entries - after, 0) * static_cast<int32_t>(sort.segment_rows);
   }
-  if (segment < routes.max_segments) routes.segment_lists[segment] = static_cast<int32_t>(list);
-  routes.cu_rows[segment] = static_cast<int32_t>(begin);
+  if (segment < routes.max_segments) routes.segment_lists[segment] = list;
+  routes.cu_rows[segment] = begin;
   if (routes.cu_keys != nullptr) {
     routes.cu_keys[segment] = static_cast<int32_t>(min(segment, used) * block_size);
   }
@@ -41,13 +40,13 @@ __device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t bl
   if (blockIdx.x >= segment_blocks) return false;
   const int64_t segment = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (segment <= routes.max_segments) {
-    write_segment(routes, sort.lists(), block_size, segment);
+    write_segment(sort, routes, block_size, segment);
   }
   return true;
 }
 
 // The places of a warp's 32 entries in order, entry by lane, from counters, which have that of
-// every block's next one. Either way to find out which of the lanes have the same block:
+// every block's next one. Which of the lanes have the same block is found out
 //
 // by comparing them, which keeps the one unit of a multiprocessor that does so busy for 70 cycles;
 template <typename Counter>

@@ -23,15 +23,18 @@ struct Sort {
   Divisor slots;          // K
   uint32_t entries;       // of a KV head
   uint32_t range_entries, range_queries;
-  uint32_t ranges;       // of a KV head
-  uint32_t tile, tiles;  // entries of a tile, tiles of a range
-  uint32_t heads;
-  uint32_t num_blocks;
+  uint32_t ranges;              // of a KV head
+  uint32_t tile, tiles;         // entries of a tile, tiles of a range
+  uint32_t heads, query_heads;  // of KV, and of query for each of these
+  Divisor num_blocks, segment_rows;
   uint32_t range_step, block_step;  // between the lists of neighbouring ranges and blocks
   bool own_apart;
 
   __host__ __device__ int64_t lists() const {
     return int64_t{heads} * ranges * num_blocks * (own_apart ? 2 : 1);
+  }
+  __device__ int32_t segments(uint32_t rows) const {
+    return rows == 0 ? 0 : static_cast<int32_t>((rows - 1) / segment_rows + 1);
   }
   // range: of those of all heads.
   __device__ int64_t list(uint32_t range, uint32_t n) const {
@@ -104,6 +107,31 @@ struct Entries {
     }
   }
 };
+
+// Segments of a block's own queries.
+__device__ int32_t own_segments(const Sort& sort, const Problem& problem, const Group& group,
+                                uint32_t range, uint32_t n) {
+  if (problem.cu_blocks[0] != 0) return 0;
+  const int64_t begin = group.query_begin + range % sort.ranges * sort.range_queries;
+  const int64_t end = min(begin + sort.range_queries, group.query_end);
+  const OwnQueries own(problem, TableBlock(problem, static_cast<int>(n)), static_cast<int>(begin),
+                       static_cast<int>(end));
+  return sort.segments(own.count() * sort.query_heads);
+}
+
+// A list's entries, and in the upper half its segments.
+__device__ int64_t entries_and_segments(const Sort& sort, const Routes& routes,
+                                        const int32_t* lengths, int64_t list) {
+  const uint32_t entries = lengths[list];
+  const auto lists = static_cast<uint32_t>(sort.lists());
+  if (sort.own_apart &&
+      is_own_section(static_cast<uint32_t>(list) / sort.num_blocks, lists / sort.num_blocks)) {
+    return int64_t{entries} << 32;
+  }
+  int32_t segments = sort.segments(entries);
+  if (routes.own == OwnSegments::kFirst) segments += lengths[lists + list];
+  return int64_t{max(segments, int32_t{routes.every_list})} << 32 | entries;
+}
 
 }  // namespace
 }  // namespace moba::cuda

@@ -307,8 +307,8 @@ class Consumer {
 #pragma unroll
     for (int row = 0; row < 16; row += kAtOnce) {
       const uint32_t part = __shfl_sync(~0u, part_, which * 16 + row + first);
-      copy_async_once_if(own_rows() + vector_at(kRows, row + first, vector),
-                         from + uint64_t{part == ~0u ? 0 : part} * kVectors, part != ~0u, wanted);
+      copy_async_once(own_rows() + vector_at(kRows, row + first, vector),
+                      from + uint64_t{part == ~0u ? 0 : part} * kVectors, part != ~0u, wanted);
     }
     commit_copies();
   }

@@ -201,17 +201,9 @@ inline __device__ void store_tensor(const CUtensorMap& map, int x, int y, uint32
       "r"(x), "r"(y), "r"(from_shared), "l"(evict_first())
       : "memory");
 }
-// As copy_async of 16 bytes, by evict_first().
-inline __device__ void copy_async_once(uint32_t to_shared, const void* from, bool valid) {
-  asm volatile(
-      "{ .reg .pred p; setp.eq.b32 p, %2, 0; "
-      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, p, %3; }" ::"r"(to_shared),
-      "l"(from), "r"(static_cast<uint32_t>(valid)), "l"(evict_first())
-      : "memory");
-}
-// The same if `condition`, without a branch.
-inline __device__ void copy_async_once_if(uint32_t to_shared, const void* from, bool valid,
-                                          bool condition) {
+// As copy_async of 16 bytes, by evict_first(); if `condition`, without a branch.
+inline __device__ void copy_async_once(uint32_t to_shared, const void* from, bool valid,
+                                       bool condition = true) {
   asm volatile(
       "{ .reg .pred p, q; setp.eq.b32 p, %2, 0; setp.ne.b32 q, %4, 0; "
       "@q cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, p, %3; }" ::"r"(to_shared),
