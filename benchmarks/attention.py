@@ -356,7 +356,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rows", type=common.row_names, default=[*ROWS], help=f"of {','.join(ROWS)} (all)")
     add("--backend", default="auto", help="of moba_attention_varlen (auto)")
     add("--inputs", choices=inputs.KINDS, default="random", help="benchmarks/inputs.py (random)")
-    add("--repeats", type=common.positive, default=10, help="runs; at least 3 if over 3 s (10)")
+    add("--repeats", type=common.positive, default=10, help=common.REPEATS_HELP)
     add("--name", default="attention", help="of the result file (attention)")
     add("--commit", help="of the kernels, where the tree has no .git")
     add("--no-dense", action="store_true", help="leave full attention out")

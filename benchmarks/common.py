@@ -22,6 +22,7 @@ from moba_ext import ops, varlen
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD_DIM = 128
+REPEATS_HELP = "runs; at least 3 if over 3 s, more if under 0.2 s (10)"
 
 
 class Row(NamedTuple):
@@ -81,7 +82,7 @@ def command_line(name: str, doc: str, run: Callable, table: Callable, tables: Ca
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     add = parser.add_argument
     add("--backend", default="auto", help="of moba_ext (auto)")
-    add("--repeats", type=positive, default=10, help="runs; at least 3 if over 3 s (10)")
+    add("--repeats", type=positive, default=10, help=REPEATS_HELP)
     add("--name", default=name, help=f"of the result file ({name})")
     add("--commit", help="of the kernels, where the tree has no .git")
     add("--readme", action="store_true", help="write README.md's tables")
@@ -102,11 +103,14 @@ def span(function: Callable) -> tuple[tuple, object]:
     return (begin, end), result
 
 
-def medians(once: Callable, runs: int = 10, seconds: float = 3.0) -> tuple[dict, int]:
+def medians(
+    once: Callable, runs: int = 10, seconds: float = 3.0, least: float = 0.2
+) -> tuple[dict, int]:
     """Medians, in ms, of the spans that ``once()`` returns by name; and the number of runs.
 
     Up to three runs warm up, as long as they began within a second. Then come ``runs`` runs, fewer
-    (but three) when they take more than ``seconds``. Nothing waits for the device inside a run.
+    (but three) when they take more than ``seconds``, and more when they take less than ``least``,
+    as the host's part varies from run to run. Nothing waits for the device inside a run.
     """
     begin = time.perf_counter()
     for _ in range(3):
@@ -115,11 +119,12 @@ def medians(once: Callable, runs: int = 10, seconds: float = 3.0) -> tuple[dict,
         if time.perf_counter() - begin > 1:
             break
     times: list[dict] = []
-    begin = time.perf_counter()
-    while len(times) < runs and (len(times) < 3 or time.perf_counter() - begin < seconds):
+    begin, took = time.perf_counter(), 0.0
+    while took < least or (len(times) < runs and (len(times) < 3 or took < seconds)):
         spans = once()
         torch.cuda.synchronize()
         times.append({name: first.elapsed_time(last) for name, (first, last) in spans.items()})
+        took = time.perf_counter() - begin
     return {name: statistics.median(run[name] for run in times) for name in times[0]}, len(times)
 
 

@@ -269,7 +269,7 @@ def test_a_run(tree, no_gpu, monkeypatch, capsys):
     assert found == json.loads((tree / "benchmarks/results/gpu.json").read_text())
     assert found["commit"] == "abc" and found["kernels_sha256"] == common.kernels_sha256("cpu")
     row = found["rows"][0]["methods"]
-    assert row["moba_ext"]["runs"] == 2 and row["moba_ext"]["ms"].keys() == attention.PHASES.keys()
+    assert row["moba_ext"]["runs"] >= 2 and row["moba_ext"]["ms"].keys() == attention.PHASES.keys()
     out = 256 * 4 * 128 * 2
     assert row["moba_ext"]["extra_bytes"] == {
         "forward": 10**9 - 95 - out,
@@ -283,11 +283,12 @@ def test_a_run(tree, no_gpu, monkeypatch, capsys):
     assert "FlashMoBA is left out: No module named 'flash_moba'" in capsys.readouterr().err
 
 
-def test_runs_are_fewer_when_they_take_long(no_gpu):
+def test_runs_are_fewer_when_long_and_more_when_short(no_gpu):
     def once():
         time.sleep(0.02)
         return {"all": common.span(lambda: None)[0]}
 
-    assert common.medians(once, 4, 10)[1] == 4
-    assert common.medians(once, 10, 0.01)[1] == 3
-    assert common.medians(once, 1, 0.01)[1] == 1
+    assert common.medians(once, 4, 10, least=0)[1] == 4
+    assert common.medians(once, 10, 0.01, least=0)[1] == 3
+    assert common.medians(once, 1, 0.01, least=0)[1] == 1
+    assert 2 <= common.medians(once, 1, 10, least=0.05)[1] <= 3
