@@ -10,7 +10,7 @@
 //     the tiles of a thread block are sorted in shared memory first. The first thread blocks of the
 //     grid write the segments.
 //
-// Where there are few entries and lists, all of it is one launch (route_small.cuh).
+// A whole call of few entries and lists is one launch instead (route_small.cuh).
 //
 // Positions are sums of counts, and lanes of a warp that chose the same block are ranked by lane:
 // the result does not depend on scheduling.

@@ -1,5 +1,5 @@
-// All of route (route.cu) in one launch, for few entries and lists: where launches are most of the
-// time.
+// All of route (route.cu) in one launch, for a whole call of few entries and lists: where launches
+// are most of the time.
 //
 // A thread block sorts a run of the entries by block in shared memory, ranked tile by tile, a warp
 // each, and says how many chose each block. When all have, each sums up the lists for itself, and
@@ -203,8 +203,12 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   write_lists(sort, routes, problem.block_size, run);
 }
 
-// Cuts the ranges into a run for every multiprocessor at most; false if the call is not small.
-inline bool cut_small(Sort& sort, int64_t processors, int64_t most_bytes) {
+// Cuts the ranges into a run for every multiprocessor at most; false if the call is not small. Not
+// of a call in groups: one may run beside another on a second stream, and thread blocks that wait
+// for each other start when there is room for all of them.
+inline bool cut_small(Sort& sort, const Problem& problem, const Group& group, int64_t processors,
+                      int64_t most_bytes) {
+  if (group.heads() < problem.heads_k || group.queries() < problem.tokens_q) return false;
   const int64_t ranges = int64_t{sort.heads} * sort.ranges;
   if (sort.tiles == 0 || sort.lists() == 0 || ranges > processors) return false;
   const int64_t entries = std::min(sort.range_entries, sort.entries);
@@ -233,7 +237,7 @@ inline cudaError_t route_small(Sort sort, const Problem& problem, const Group& g
   }
   if (error != cudaSuccess) return error;
   most_bytes -= kSmallWarps * static_cast<int>(sizeof(int64_t));  // scratch
-  small = cut_small(sort, processors, most_bytes);
+  small = cut_small(sort, problem, group, processors, most_bytes);
   if (!small) return error;
   const bool by_row = problem.slots >= 4;
   const auto kernel = by_row ? route_small_kernel<ByRow> : route_small_kernel<ByMatch<uint16_t>>;
