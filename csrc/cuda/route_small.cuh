@@ -228,33 +228,27 @@ inline bool cut_small(Sort& sort, const Problem& problem, const Group& group, in
 inline cudaError_t route_small(Sort sort, const Problem& problem, const Group& group,
                                const Routes& routes, int32_t* table, cudaStream_t stream,
                                bool& small) {
-  int device = 0, processors = 0, most_bytes = 0;
+  int device = 0, together = 0, processors = 0, most_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   for (const auto& [value, attribute] :
-       {std::pair{&processors, cudaDevAttrMultiProcessorCount},
+       {std::pair{&together, cudaDevAttrCooperativeLaunch},
+        std::pair{&processors, cudaDevAttrMultiProcessorCount},
         std::pair{&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin}}) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   }
   if (error != cudaSuccess) return error;
   most_bytes -= kSmallWarps * static_cast<int>(sizeof(int64_t));  // scratch
-  small = cut_small(sort, problem, group, processors, most_bytes);
+  small = together != 0 && cut_small(sort, problem, group, processors, most_bytes);
   if (!small) return error;
   const bool by_row = problem.slots >= 4;
   const auto kernel = by_row ? route_small_kernel<ByRow> : route_small_kernel<ByMatch<uint16_t>>;
   // The same for all calls: another thread may be about to launch the kernel.
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(sort.heads * sort.ranges * ((sort.tiles + kSmallWarps - 1) / kSmallWarps));
-  config.blockDim = dim3(kSmallThreads);
-  config.dynamicSmemBytes = SmallRun::bytes(sort);
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, sort, problem, group, routes, table);
+  const int64_t runs = ceil_div(sort.tiles, kSmallWarps);
+  return launch_kernel(kernel, int64_t{sort.heads} * sort.ranges * runs, kSmallThreads,
+                       SmallRun::bytes(sort), stream, /*together=*/true, sort, problem, group,
+                       routes, table);
 }
 
 }  // namespace

@@ -169,7 +169,6 @@ __device__ uint32_t pack(float low, float high) {
 }
 
 // One thread block per multiprocessor, of a GPU that has wgmma.
-// together: all of them at once, as they wait for each other.
 template <typename Params>
 cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_bytes,
                               const Params& params, cudaStream_t stream, bool together = false) {
@@ -185,17 +184,7 @@ cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_by
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(processors));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = together ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return launch_kernel(kernel, processors, threads, shared_bytes, stream, together, params);
 }
 
 }  // namespace moba::cuda::sm90
