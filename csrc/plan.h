@@ -27,8 +27,9 @@ int64_t attended_pairs(int64_t queries, int64_t keys, int64_t block_size, int64_
 int64_t dense_pairs(int64_t queries, int64_t keys);
 
 // The CUDA route's table: `tiles` of `tile` entries of a KV head, or of a range of its queries, by
-// the blocks, and two numbers for each of its lists. A tile has as many entries as there are
-// blocks, or less than 128 fewer, so the table is at most 1.5 times as large as the entries.
+// the blocks, and two numbers for each of its lists; or, in one launch (route_small.cuh), counts of
+// up to as many runs, in fours. A tile has as many entries as there are blocks, or less than 128
+// fewer, so the table is at most 1.5 times as large as the entries.
 struct RouteTable {
   int64_t tile, tiles;
   int64_t elements;  // int32, of all heads
