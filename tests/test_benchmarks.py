@@ -291,4 +291,4 @@ def test_runs_are_fewer_when_long_and_more_when_short(no_gpu):
     assert common.medians(once, 4, 10, least=0)[1] == 4
     assert common.medians(once, 10, 0.01, least=0)[1] == 3
     assert common.medians(once, 1, 0.01, least=0)[1] == 1
-    assert 2 <= common.medians(once, 1, 10, least=0.05)[1] <= 3
+    assert common.medians(lambda: {"all": common.span(lambda: None)[0]}, 1, least=0.1)[1] > 1
