@@ -97,7 +97,7 @@ __device__ int64_t block_scan(int64_t value, int64_t* scratch, int64_t& total) {
 
 // together: starts when there is room for all thread blocks, as they wait for each other.
 template <typename... Params>
-cudaError_t launch_kernel(void (*kernel)(Params...), int64_t grid, int threads,
+cudaError_t launch_blocks(void (*kernel)(Params...), int64_t grid, int threads,
                           int64_t shared_bytes, cudaStream_t stream, bool together,
                           const Params&... params) {
   cudaLaunchAttribute cooperative{};

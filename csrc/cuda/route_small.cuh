@@ -246,7 +246,7 @@ inline cudaError_t route_small(Sort sort, const Problem& problem, const Group& g
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
   if (error != cudaSuccess) return error;
   const int64_t runs = ceil_div(sort.tiles, kSmallWarps);
-  return launch_kernel(kernel, int64_t{sort.heads} * sort.ranges * runs, kSmallThreads,
+  return launch_blocks(kernel, int64_t{sort.heads} * sort.ranges * runs, kSmallThreads,
                        SmallRun::bytes(sort), stream, /*together=*/true, sort, problem, group,
                        routes, table);
 }

@@ -184,7 +184,7 @@ cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_by
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return error;
-  return launch_kernel(kernel, processors, threads, shared_bytes, stream, together, params);
+  return launch_blocks(kernel, processors, threads, shared_bytes, stream, together, params);
 }
 
 }  // namespace moba::cuda::sm90
