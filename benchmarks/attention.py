@@ -9,7 +9,8 @@ Every run draws fresh inputs. Times lie between CUDA events, with no wait in bet
 rows they include what launching costs. Forward runs in grad mode, saving what the backward needs.
 Memory is the peak beyond what was there before the call and the tensors it returns (out; dq, dk,
 dv): what the forward saves for the backward beside out counts. Stages: one more forward and
-backward under torch.profiler, whose kernels tell by their names.
+backward under torch.profiler, whose kernels tell by their names, when all rows have been timed:
+later launches of a process seem to take longer once it was profiled.
 """
 
 from __future__ import annotations
