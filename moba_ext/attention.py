@@ -153,41 +153,51 @@ def _check_max_seqlen(name: str, max_seqlen: object, cu_seqlens: Tensor) -> None
             )
 
 
-# Signatures of calls whose arguments have been checked: that takes 15 us, and as much again where
-# the caller's work has driven it out of the processor's caches.
-_checked: set[tuple] = set()
+class _Checked(NamedTuple):
+    """What came of a call's checks."""
+
+    block_size: int
+    topk: int
+    softmax_scale: float | None
+    backend: str  # never auto
 
 
-def _check_arguments(tensors: tuple[Tensor, ...], numbers: tuple) -> tuple[int, int, float | None]:
+# By the signatures of calls: the checks take 15 us, and as much again where the caller's work has
+# driven them out of the processor's caches.
+_checked: dict[tuple, _Checked] = {}
+
+
+def _check_arguments(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) -> _Checked:
     """Of a packed call, q, k, v, cu_seqlens_q, cu_seqlens_k and max_seqlen_q, max_seqlen_k,
-    block_size, topk, softmax_scale. Returns the last three."""
+    block_size, topk, softmax_scale."""
     q, k, v, cu_seqlens_q, cu_seqlens_k = tensors
     max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale = numbers
-    signature = _signature(tensors, numbers)
-    if signature in _checked:
-        return block_size, topk, softmax_scale
+    signature = _signature(tensors, numbers, backend)
+    if signature is not None and signature in _checked:
+        return _checked[signature]
     _check_rows(("q", "k", "v"), (q, k, v), "[tokens, heads, head_dim]")
     _check_cu_seqlens_pair(q, k, cu_seqlens_q, cu_seqlens_k)
     _check_max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     _check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     softmax_scale = _check_scale(softmax_scale)
+    checked = _Checked(block_size, topk, softmax_scale, _pick_backend(backend, q))
     if signature is not None:
         if len(_checked) >= 1024:
             _checked.clear()
-        _checked.add(signature)
-    return block_size, topk, softmax_scale
+        _checked[signature] = checked
+    return checked
 
 
-def _signature(tensors: tuple[Tensor, ...], numbers: tuple) -> tuple | None:
+def _signature(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) -> tuple | None:
     """All that is checked of such arguments; None if there is more, as values are to be read, or
     they may be of a wrong type."""
     if torch.compiler.is_compiling() or set(map(type, tensors)) != {Tensor}:
         return None
-    types = tuple(map(type, numbers))  # True is an int, and equals 1
-    if not set(types) <= {int, float, type(None)} or _values_visible(tensors[0]):
+    types = type(backend), *map(type, numbers)  # True is an int, and equals 1
+    if not set(types) <= {str, int, float, type(None)} or _values_visible(tensors[0]):
         return None
-    return numbers, types, *[(x.shape, x.dtype, x.device) for x in tensors]
+    return backend, numbers, types, *[(x.shape, x.dtype, x.device) for x in tensors]
 
 
 def _values_visible(tensor: Tensor) -> bool:
@@ -206,20 +216,20 @@ def _shown(tensor: Tensor) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+def _warn_once(message: str, stacklevel: int) -> None:
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def _pick_backend(backend: str, q: Tensor) -> str:
     name, reason = ops.resolve_backend(backend, q.device.type, q.dtype, q.shape[-1])
     if backend == "auto" and name == "reference":
-        _warn_of_reference(reason)
+        _warn_of_reference(reason, stacklevel=6)
     return name
 
 
-def _warn_of_reference(reason: str) -> None:
+def _warn_of_reference(reason: str, stacklevel: int) -> None:
     if not torch.compiler.is_compiling():
-        _warn_once(f"moba_ext runs its slow reference backend: {reason}")
+        _warn_once(f"moba_ext runs its slow reference backend: {reason}", stacklevel)
 
 
 def moba_attention_varlen(
@@ -278,10 +288,9 @@ def moba_attention_varlen(
     Source: arXiv 2502.13189, section 2.2.
     """
     numbers = max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale
-    block_size, topk, softmax_scale = _check_arguments(
-        (q, k, v, cu_seqlens_q, cu_seqlens_k), numbers
+    block_size, topk, softmax_scale, name = _check_arguments(
+        (q, k, v, cu_seqlens_q, cu_seqlens_k), numbers, backend
     )
-    name = _pick_backend(backend, q)
     if name == "reference":
         out, lse, _ = reference.moba_attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, block_size, topk, softmax_scale
@@ -386,7 +395,7 @@ def select_blocks(
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
     why_not = ops.compiled_gate(q.device.type, q.dtype, q.shape[-1])
     if why_not is not None:
-        _warn_of_reference(why_not)
+        _warn_of_reference(why_not, stacklevel=4)
         kbar = reference.block_mean(k, cu_seqlens_k, block_size)
         ids, scores = reference.gate_topk(
             q, kbar, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, block_size, topk

@@ -217,12 +217,19 @@ def _gather_keys(routed: _Routed, k, v, cu_k, own: _Own, plan: groups.Plan, grou
     return _Keys(*packs, varlen.Sequences(routed.cu_rows, routed.cu_keys, *bounds))
 
 
-def _plan_of(q, k, cu_k, max_k, block_size, topk, **kind: bool) -> groups.Plan:
-    return make_plan(
-        *(cu_k.shape[0] - 1, q.shape[0], k.shape[0], max_k, q.shape[1], k.shape[1], q.shape[2]),
-        *(block_size, topk),
-        **kind,
-    )
+@functools.lru_cache(256)  # 10 to 130 us for every call of the same sizes
+def _plan(make_plan: Callable, workspace: int | None, backward: bool, *sizes: int) -> groups.Plan:
+    return make_plan(*sizes, backward=backward)
+
+
+def plan_of(
+    make_plan: Callable, q, k, cu_k, max_k: int, block_size: int, topk: int, *, backward: bool
+) -> groups.Plan:
+    """make_plan of flash or sm90 for the sizes of these tensors and the present workspace."""
+    tokens_q, heads_q, head_dim = q.shape
+    tokens_k, heads_k, _ = k.shape
+    sizes = cu_k.shape[0] - 1, tokens_q, tokens_k, max_k, heads_q, heads_k, head_dim
+    return _plan(make_plan, WORKSPACE_BYTES, backward, *sizes, block_size, topk)
 
 
 def positive_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float, int]:
@@ -261,31 +268,37 @@ def forward(
         slots = reference.num_slots(max_seqlen_k, block_size, topk)
         ids = q.new_full((tokens_q, heads_q, slots), -1, dtype=torch.int32)
         return q.new_zeros(q.shape), lse.fill_(-torch.inf), ids
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
+    plan = plan_of(make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
     own = _own_blocks(
         *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
         plan.block_size,
     )
-    # First, so that a short call's device has work while the host launches the gate and routing.
-    own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
-    # merge writes a row of out after it has read that of the own block: one buffer serves both,
-    # unless FlashAttention gave it the strides of q.
-    out = own_out if own_out.is_contiguous() else q.new_empty(q.shape)
     kbar = _stages.block_mean(k, cu_seqlens_k, block_size)
     ids = _stages.gate_topk(
         *(q, kbar, cu_seqlens_q, cu_seqlens_k, tokens_k, max_seqlen_k, block_size, topk)
     )[0]
 
+    def pack(group) -> tuple[Tensor, Tensor, _Keys]:
+        routed = _route(ids, k, cu_seqlens_q, own, plan, group)
+        keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
+        rows = routed.entries, routed.offsets, heads_k, *group
+        return routed.positions, _stages.flash_gather([attended_q], None, *rows)[0], keys
+
+    @functools.cache
+    def attend_own() -> tuple[Tensor, Tensor, Tensor]:
+        own_out, own_lse = varlen.forward(attended_q, k, v, own.sequences, scale, causal=True)
+        # merge writes a row of out after it has read that of the own block: one buffer serves both,
+        # unless FlashAttention gave it the strides of q.
+        return own_out, own_lse, own_out if own_out.is_contiguous() else q.new_empty(q.shape)
+
     def run_group(heads: tuple[int, int], queries: tuple[int, int]) -> None:
         group = (*heads, *queries)
-        if plan.slots:
-            routed = _route(ids, k, cu_seqlens_q, own, plan, group)
-            keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
-            rows = _stages.flash_gather(
-                [attended_q], None, routed.entries, routed.offsets, heads_k, *group
-            )[0]
+        packed = pack(group) if plan.slots else None
+        # Only now: a short call's device copies rows while the host calls FlashAttention.
+        own_out, own_lse, out = attend_own()
+        if packed is not None:
+            positions, rows, keys = packed
             part_out, part_lse = varlen.forward(rows, *keys, scale, causal=False)
-            positions = routed.positions
         else:
             positions, part_lse = ids.new_empty(0), lse.new_empty(0)
             part_out = q.new_empty(0, 1, head_dim)
@@ -298,6 +311,7 @@ def forward(
     for heads in plan.head_ranges():
         for queries in plan.query_ranges():
             run_group(heads, queries)
+    *_, out = attend_own()
     return out, lse, ids
 
 
@@ -325,7 +339,7 @@ def backward(
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
     q, scale, sign = positive_scale(q, softmax_scale)
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
+    plan = plan_of(make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if dlse is not None:
@@ -348,19 +362,23 @@ def backward(
         )
 
     def run_heads(heads: tuple[int, int]) -> None:
-        own_dq, *own_dkv = attend_own(heads)
+        own_grads = functools.cache(functools.partial(attend_own, heads))
         sums = [None, None]
         if len(ranges) > 1:
             shape = (tokens_k, heads[1] - heads[0], head_dim)
             sums = [k.new_empty(shape, dtype=torch.float32) for _ in range(2)]
         for queries in ranges:
-            run_group(heads, queries, own_dq, (*own_dkv, *batch), sums)
+            run_group(heads, queries, own_grads, sums)
 
-    def run_group(heads, queries, own_dq, own_keys, sums) -> None:
+    def run_group(heads, queries, own_grads: Callable, sums) -> None:
         group = (*heads, *queries)
         if plan.slots:
             routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
-            part_dq, *part_dkv = attend(routed, group)
+            packed = pack(routed, group)
+        # Only now: a short call's device copies rows while the host calls FlashAttention.
+        own_dq, *own_dkv = own_grads()
+        if plan.slots:
+            part_dq, *part_dkv = varlen.backward(*packed, scale, False, reuse_out=True)
             positions, segment_offsets = routed.positions, routed.segment_offsets
         else:
             lists = (heads[1] - heads[0]) * (tokens_k // plan.block_size + len(cu_seqlens_k) - 1)
@@ -369,23 +387,21 @@ def backward(
             part_dkv = part_dk, part_dk
         _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
         _stages.flash_reduce_keys(
-            *(segment_offsets, *part_dkv, *own_keys, plan.block_size),
+            *(segment_offsets, *part_dkv, *own_dkv, *batch, plan.block_size),
             *(queries == ranges[0], queries == ranges[-1], *sums),
             *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
         )
 
-    def attend(routed: _Routed, group) -> tuple[Tensor, Tensor, Tensor]:
+    def pack(routed: _Routed, group) -> tuple:
+        """The first arguments of varlen.backward."""
         keys = _gather_keys(routed, k, v, cu_seqlens_k, own, plan, group)
         rows = routed.entries, routed.offsets, heads_k, *group
         q_rows, dout_rows, out_rows, lse_rows = _stages.flash_gather([q, dout, out], lse, *rows)
         part_dlse = None
         if dlse is not None:
             part_dlse = dlse._replace(dout=_stages.flash_gather([dlse.dout], None, *rows)[0])
-        return varlen.backward(
-            *(dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows),
-            *(lse_rows[None], keys.sequences, scale, False),
-            reuse_out=True,
-        )
+        rows = dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows, lse_rows[None]
+        return *rows, keys.sequences
 
     _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)
     return (dq if sign == 1 else dq * sign), dk, dv

@@ -6,7 +6,6 @@ FlashAttention's.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -98,18 +97,6 @@ def group_bytes(entries: int, segments: int, block_size: int, head_dim: int, bac
     return entries * (2 * 4 + dq) + segments * block_size * 4 * head_dim
 
 
-def _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, *, backward: bool):
-    sizes = cu_seqlens_k.shape[0] - 1, q.shape[0], k.shape[0], max_seqlen_k
-    heads = q.shape[1], k.shape[1], q.shape[2]
-    return _plan(flash.WORKSPACE_BYTES, *sizes, *heads, block_size, topk, backward)
-
-
-@functools.lru_cache(256)  # 5 us for every call of the same sizes
-def _plan(workspace: int | None, *call) -> groups.Plan:
-    *sizes, backward = call
-    return make_plan(*sizes, backward=backward)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -124,7 +111,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention`` on CUDA tensors of a Hopper -> out, lse, block_ids."""
     sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False)
+    plan = flash.plan_of(
+        make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False
+    )
     if plan.dense or q.shape[0] == 0:
         return flash.forward(q, k, v, *sequences, block_size, topk, softmax_scale)
     q, k, v = varlen.aligned(q), varlen.aligned(k), varlen.aligned(v)
@@ -155,7 +144,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention_backward`` on CUDA tensors of a Hopper -> dq, dk, dv."""
     sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    plan = _plan_of(q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
+    plan = flash.plan_of(
+        make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True
+    )
     if plan.dense or q.shape[0] == 0:
         saved = q, k, v, out, lse, block_ids
         return flash.backward(dout, dlse, *saved, *sequences, block_size, topk, softmax_scale)
@@ -177,7 +168,7 @@ def _arrays(*sizes: int) -> int:
 def planned_sizes(**sizes: int) -> dict:
     """What ``moba_ext.plan`` reports of a call: the bytes that it asks torch for at once."""
     call = groups.Call(**sizes)
-    plans = [_plan(flash.WORKSPACE_BYTES, *call, backward) for backward in (False, True)]
+    plans = [make_plan(*call, backward=backward) for backward in (False, True)]
     if plans[0].dense or call.tokens_q == 0:
         return flash.planned_sizes(**sizes)
     tokens_q, heads_q, heads_k, head_dim = call.tokens_q, call.heads_q, call.heads_k, call.head_dim

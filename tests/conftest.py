@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_ext import ops, varlen
+from moba_ext import flash, ops, varlen
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(20250218)
+
+
+@pytest.fixture(autouse=True)
+def plans():
+    """Plans are kept by sizes and workspace; tests change what else they depend on."""
+    flash._plan.cache_clear()
+    yield
+    flash._plan.cache_clear()
 
 
 @pytest.fixture

@@ -47,10 +47,10 @@ def set_phases(monkeypatch):
 
     def set_parts(parts: int) -> None:
         monkeypatch.setattr(sm90, "PHASE_PARTS", parts)
-        sm90._plan.cache_clear()
+        flash._plan.cache_clear()
 
     yield set_parts
-    sm90._plan.cache_clear()
+    flash._plan.cache_clear()
 
 
 @pytest.fixture(params=[1, 2**12])

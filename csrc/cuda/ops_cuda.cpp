@@ -24,12 +24,13 @@ using moba::cuda::data_of;
 using moba::cuda::ints;
 using moba::cuda::kernel_dtype;
 using moba::cuda::mutable_data_of;
+using moba::cuda::new_tensor;
 using moba::cuda::rows_of;
 
 // Fills problem.cu_blocks; the returned tensor owns the memory.
 Tensor with_cu_blocks(moba::Problem& problem, const Tensor& cu_seqlens, int64_t max_seqlen_q,
                       int64_t max_seqlen_k) {
-  Tensor cu_blocks = torch::stable::new_empty(cu_seqlens, {problem.batch + 1}, ScalarType::Long);
+  Tensor cu_blocks = new_tensor(cu_seqlens, {problem.batch + 1}, ScalarType::Long);
   auto* const data = static_cast<int64_t*>(cu_blocks.mutable_data_ptr());
   STD_CUDA_CHECK(
       moba::cuda::metadata(problem, max_seqlen_q, max_seqlen_k, data, current_stream(cu_seqlens)));
@@ -60,7 +61,7 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
   const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_k, INT32_MAX, INT32_MAX);
   Tensor kbar =
-      torch::stable::new_empty(k, {problem.num_blocks, problem.heads_k, problem.head_dim});
+      new_tensor(k, {problem.num_blocks, problem.heads_k, problem.head_dim}, k.scalar_type());
   STD_CUDA_CHECK(
       moba::cuda::block_mean(problem, rows_of(k), kbar.mutable_data_ptr(), current_stream(k)));
   return kbar;
@@ -113,9 +114,8 @@ std::tuple<Tensor, Tensor> gate_topk(const Tensor& q, const Tensor& kbar,
   const bool aligned = reinterpret_cast<uintptr_t>(kbar.const_data_ptr()) % 16 == 0;
   const Tensor centroids = aligned ? kbar : torch::stable::clone(kbar);
   const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_q, INT32_MAX, max_seqlen_k);
-  Tensor ids = torch::stable::new_empty(q, {q.size(0), q.size(1), problem.slots}, ScalarType::Int);
-  Tensor scores =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), problem.slots}, ScalarType::Float);
+  Tensor ids = new_tensor(q, {q.size(0), q.size(1), problem.slots}, ScalarType::Int);
+  Tensor scores = new_tensor(q, {q.size(0), q.size(1), problem.slots}, ScalarType::Float);
   params.q = rows_of(q);
   params.kbar = centroids.const_data_ptr();
   params.ids = mutable_data_of<int32_t>(ids);
@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& block_ids, const Tensor& cu_seqle
   Tensor entries32 = ints(block_ids, total), positions = ints(block_ids, total);
   Tensor offsets32 = ints(block_ids, lists + 1);
   Tensor workspace = ints(block_ids, moba::cuda::route_workspace(problem, group));
-  Tensor offsets = torch::stable::new_empty(block_ids, {lists + 1}, ScalarType::Long);
-  Tensor entries = torch::stable::new_empty(block_ids, {total}, ScalarType::Long);
+  Tensor offsets = new_tensor(block_ids, {lists + 1}, ScalarType::Long);
+  Tensor entries = new_tensor(block_ids, {total}, ScalarType::Long);
   moba::cuda::Routes routes{};
   routes.entries = mutable_data_of<int32_t>(entries32);
   routes.positions = mutable_data_of<int32_t>(positions);

@@ -14,7 +14,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
@@ -102,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_metadata(Tensor cu_seqlens_q, Tensor cu
   set_blocks(problem, tokens_k, block_size);
   problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
   problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
-  Tensor cu_blocks = torch::stable::new_empty(cu_seqlens_q, {problem.batch + 1}, ScalarType::Long);
+  Tensor cu_blocks = new_tensor(cu_seqlens_q, {problem.batch + 1}, ScalarType::Long);
   const int64_t bounds = problem.num_blocks + problem.batch + 1;
   Tensor own_cu_q = ints(cu_seqlens_q, bounds), own_cu_k = ints(cu_seqlens_q, bounds);
   const cudaStream_t stream = current_stream(cu_seqlens_q);
@@ -203,7 +202,7 @@ std::vector<Tensor> flash_gather(std::vector<Tensor> sources, std::optional<Tens
   Sources to_copy{};
   for (const Tensor& source : sources) {
     check_shape(source, "sources", like, problem.tokens_q, problem.heads_q, problem.head_dim);
-    packed.push_back(torch::stable::new_empty(like, {entries.numel(), 1, problem.head_dim}));
+    packed.push_back(new_tensor(like, {entries.numel(), 1, problem.head_dim}, like.scalar_type()));
     to_copy.from[to_copy.count] = rows_of(source);
     to_copy.to[to_copy.count++] = packed.back().mutable_data_ptr();
   }
@@ -211,7 +210,7 @@ std::vector<Tensor> flash_gather(std::vector<Tensor> sources, std::optional<Tens
   float* lse_to = nullptr;
   if (lse.has_value()) {
     check_packed(*lse, "lse", ScalarType::Float, problem.heads_q, problem.tokens_q, like);
-    packed.push_back(torch::stable::new_empty(like, {entries.numel()}, ScalarType::Float));
+    packed.push_back(new_tensor(like, {entries.numel()}, ScalarType::Float));
     lse_from = data_of<float>(*lse);
     lse_to = mutable_data_of<float>(packed.back());
   }
@@ -242,8 +241,10 @@ std::tuple<Tensor, Tensor> flash_gather_keys(Tensor k, Tensor v, Tensor cu_seqle
   MOBA_CHECK(segments <= INT32_MAX / block_size, "the segments have 2^31 keys or more");
 
   const DeviceGuard guard(k.get_device_index());
-  const std::vector<int64_t> shape{segments * block_size, 1, problem.head_dim};
-  Tensor k_pack = torch::stable::new_empty(k, shape), v_pack = torch::stable::new_empty(k, shape);
+  const auto new_pack = [&] {
+    return new_tensor(k, {segments * block_size, 1, problem.head_dim}, k.scalar_type());
+  };
+  Tensor k_pack = new_pack(), v_pack = new_pack();
   const Sources sources{
       2, {rows_of(k), rows_of(v)}, {k_pack.mutable_data_ptr(), v_pack.mutable_data_ptr()}};
   STD_CUDA_CHECK(gather_keys(problem, group, sources, data_of<int32_t>(segment_lists),

@@ -4,8 +4,9 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
 
 #include "checks.h"
 #include "cuda/stages.h"
@@ -29,6 +30,19 @@ inline DType kernel_dtype(const Tensor& tensor, const char* name) {
   }
 }
 
+// As torch's C functions number them.
+inline int32_t shim_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    default: MOBA_CHECK(false, "no tensor is of dtype ", torch::headeronly::toString(dtype));
+  }
+}
+
 template <typename T>
 const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -43,8 +57,24 @@ inline Rows rows_of(const Tensor& tensor) {
 inline MutableRows mutable_rows_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
+
+// A contiguous tensor on the CUDA device of `like`. torch::stable::new_empty looks the op up by its
+// name and calls two: twice the host's time, and a call makes up to thirty.
+template <size_t kDimensions>
+Tensor new_tensor(const Tensor& like, const int64_t (&sizes)[kDimensions], ScalarType dtype) {
+  int64_t strides[kDimensions], stride = 1;
+  for (size_t i = kDimensions; i > 0; --i) {
+    strides[i - 1] = stride;
+    stride *= std::max<int64_t>(sizes[i - 1], 1);
+  }
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDimensions, sizes, strides, shim_dtype(dtype),
+                                                  aoti_torch_device_type_cuda(),
+                                                  like.get_device_index(), &tensor));
+  return Tensor(tensor);
+}
 inline Tensor ints(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, ScalarType::Int);
+  return new_tensor(like, {size}, ScalarType::Int);
 }
 
 // A contiguous vector on the device of `like`; size -1 is any.

@@ -8,7 +8,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -24,29 +23,6 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kL2Bytes = 48 << 20;
 
-// A contiguous tensor on the device of `like`, of a dtype as torch's C functions know it.
-// torch::stable::new_empty looks the op up by its name and calls two: twice the host's time, and a
-// call makes up to ten.
-template <size_t kDimensions>
-Tensor new_tensor(const Tensor& like, const int64_t (&sizes)[kDimensions], int32_t dtype) {
-  int64_t strides[kDimensions], stride = 1;
-  for (size_t i = kDimensions; i > 0; --i) {
-    strides[i - 1] = stride;
-    stride *= std::max<int64_t>(sizes[i - 1], 1);
-  }
-  AtenTensorHandle tensor = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDimensions, sizes, strides, dtype,
-                                                  aoti_torch_device_type_cuda(),
-                                                  like.get_device_index(), &tensor));
-  return Tensor(tensor);
-}
-
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
 // Arrays in one allocation: `lay_out` takes them one by one, first to learn the size.
 class Arrays {
  public:
@@ -61,7 +37,7 @@ class Arrays {
   static Tensor allocate(const Tensor& like, const LayOut& lay_out) {
     Arrays sizes, arrays;
     lay_out(sizes);
-    Tensor memory = new_tensor(like, {sizes.bytes_}, aoti_torch_dtype_uint8());
+    Tensor memory = new_tensor(like, {sizes.bytes_}, ScalarType::Byte);
     arrays.base_ = static_cast<char*>(memory.mutable_data_ptr());
     lay_out(arrays);
     return memory;
@@ -315,10 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
                   {segment_rows, heads_per_group, queries_per_group});
   const Problem& problem = call.problem();
   const int64_t tokens_q = problem.tokens_q, heads_q = problem.heads_q;
-  Tensor out = new_tensor(q, {tokens_q, heads_q, problem.head_dim}, dtype_of(q));
-  Tensor lse = new_tensor(q, {heads_q, tokens_q}, aoti_torch_dtype_float32());
-  Tensor ids = new_tensor(q, {tokens_q, heads_q, problem.slots}, aoti_torch_dtype_int32());
-
+  // The host allocates what a kernel needs just before it: a short call's device waits for the
+  // first ones.
   const auto select_blocks = [&] {
     GateTopkParams gate{};
     uint16_t* kbar;
@@ -328,14 +302,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     });
     if (problem.slots <= 32) gate.scores = nullptr;
     STD_CUDA_CHECK(block_mean(problem, rows_of(k), kbar, call.stream));
+    Tensor ids = new_tensor(q, {tokens_q, heads_q, problem.slots}, ScalarType::Int);
     gate.problem = problem;
     gate.q = rows_of(gate_q);
     gate.kbar = kbar;
     gate.ids = mutable_data_of<int32_t>(ids);
     STD_CUDA_CHECK(gate_topk(gate, call.stream));
+    return ids;
   };
 
-  if (problem.slots > 0) select_blocks();
+  const Tensor ids =
+      problem.slots > 0 ? select_blocks() : new_tensor(q, {tokens_q, heads_q, 0}, ScalarType::Int);
+  const Tensor out = new_tensor(q, {tokens_q, heads_q, problem.head_dim}, q.scalar_type());
+  const Tensor lse = new_tensor(q, {heads_q, tokens_q}, ScalarType::Float);
   const int64_t heads = tokens_q > 0 ? problem.heads_k : 0;
   for (int64_t head = 0; head < heads; head = call.last_head(head)) {
     Group group{head, call.last_head(head), 0, tokens_q};
@@ -404,9 +383,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   params.scale = static_cast<float>(softmax_scale);
   STD_CUDA_CHECK(row_stats(stats, call.stream));
 
-  Tensor dq = new_tensor(q, {tokens_q, problem.heads_q, dim}, dtype_of(q));
-  Tensor dk = new_tensor(q, {tokens_k, problem.heads_k, dim}, dtype_of(q));
-  Tensor dv = new_tensor(q, {tokens_k, problem.heads_k, dim}, dtype_of(q));
+  Tensor dq = new_tensor(q, {tokens_q, problem.heads_q, dim}, q.scalar_type());
+  Tensor dk = new_tensor(q, {tokens_k, problem.heads_k, dim}, q.scalar_type());
+  Tensor dv = new_tensor(q, {tokens_k, problem.heads_k, dim}, q.scalar_type());
   for (int64_t head = 0; head < problem.heads_k; head = call.last_head(head)) {
     Group group{head, call.last_head(head), 0, 0};
     const int64_t heads = group.heads(), keys = tokens_k * heads;

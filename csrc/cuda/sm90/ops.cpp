@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "cuda/sm90/call.h"
@@ -69,10 +68,10 @@ std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlen
   params.own_begin = static_cast<int32_t>(rows);
   rows += (head_end - head_begin) * q.size(0) * problem.group();
   MOBA_CHECK(rows <= INT32_MAX, "a group has 2^31 rows or more");
-  Tensor part_out = torch::stable::new_empty(q, {rows, 1, q.size(2)});
-  Tensor part_lse = torch::stable::new_empty(q, {rows}, ScalarType::Float);
+  Tensor part_out = new_tensor(q, {rows, 1, q.size(2)}, q.scalar_type());
+  Tensor part_lse = new_tensor(q, {rows}, ScalarType::Float);
   if (rows == 0) return {part_out, part_lse};
-  Tensor next = torch::stable::new_empty(q, {1}, ScalarType::Int);
+  Tensor next = ints(q, 1);
   params.next = mutable_data_of<int32_t>(next);
   params.part_out = part_out.mutable_data_ptr();
   params.part_lse = mutable_data_of<float>(part_lse);
@@ -112,15 +111,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_op(
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const bool halves = block_size > kKeyTile;
   const auto new_dq = [&](int64_t rows) {
-    return halves ? torch::stable::new_empty(q, {2, rows, q.size(2) / 2}, ScalarType::Float)
-                  : torch::stable::new_empty(q, {rows, 1, q.size(2)});
+    return halves ? new_tensor(q, {2, rows, q.size(2) / 2}, ScalarType::Float)
+                  : new_tensor(q, {rows, 1, q.size(2)}, q.scalar_type());
   };
   Tensor part_dq = new_dq(params.all_rows), own_dq = new_dq(params.own_rows);
-  Tensor part_dk = torch::stable::new_empty(q, {segments * block_size, 1, q.size(2)});
-  Tensor part_dv = torch::stable::new_empty(q, {segments * block_size, 1, q.size(2)});
-  Tensor dk = torch::stable::new_empty(q, {k.size(0), k.size(1), q.size(2)});
-  Tensor dv = torch::stable::new_empty(q, {k.size(0), k.size(1), q.size(2)});
-  Tensor next = torch::stable::new_empty(q, {1 + params.row_tiles}, ScalarType::Int);
+  Tensor part_dk = new_tensor(q, {segments * block_size, 1, q.size(2)}, q.scalar_type());
+  Tensor part_dv = new_tensor(q, {segments * block_size, 1, q.size(2)}, q.scalar_type());
+  Tensor dk = new_tensor(q, {k.size(0), k.size(1), q.size(2)}, q.scalar_type());
+  Tensor dv = new_tensor(q, {k.size(0), k.size(1), q.size(2)}, q.scalar_type());
+  Tensor next = ints(q, 1 + params.row_tiles);
   params.part_dq = part_dq.mutable_data_ptr();
   params.own_dq = own_dq.mutable_data_ptr();
   params.part_dk = part_dk.mutable_data_ptr();
@@ -156,8 +155,8 @@ std::tuple<Tensor, Tensor> row_stats_op(Tensor out, Tensor dout, Tensor lse,
     params.dlse = data_of<float>(*dlse);
   }
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  Tensor lse_log2 = torch::stable::new_empty(lse, {params.heads, params.tokens});
-  Tensor delta = torch::stable::new_empty(lse, {params.heads, params.tokens});
+  Tensor lse_log2 = new_tensor(lse, {params.heads, params.tokens}, ScalarType::Float);
+  Tensor delta = new_tensor(lse, {params.heads, params.tokens}, ScalarType::Float);
   params.out = rows_of(out);
   params.dout = rows_of(dout);
   params.lse = data_of<float>(lse);
