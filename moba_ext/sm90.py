@@ -205,7 +205,7 @@ def planned_sizes(**sizes: int) -> dict:
         else:
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
             gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
-            counters = 2 * phases if plan.merging else 1 + heads if several_tiles else 1
+            counters = 2 * phases + 1 if plan.merging else 1 + heads if several_tiles else 1
             routed += [rows * row, 4 * rows, 4 * counters]
             held.append(of_call + max(gate, _arrays(*routed)))
     forward = plans[0]

@@ -1,9 +1,12 @@
 """route on CUDA: block_ids -> for every (KV head, block), who chose it, in segments."""
 
+import re
+
 import pytest
 import torch
 from flash_stages import CASES, DEVICE, INVALID, Call, Group, Lists, invalid_call, make_call
 from numerics import Case, self_attention
+from torch.profiler import ProfilerActivity, profile
 
 from moba_ext import reference
 
@@ -58,6 +61,27 @@ def test_many_lists(topk, hot, poisoned):
     call = make_call(self_attention([400, 300, 0, 7], 16, 16, 8, 1, topk), hot)
     assert_routed(call, Group(0, 16, 0, 707), 64, 500)
     assert_routed(call, Group(1, 16, 11, 700), 3)
+
+
+@pytest.mark.parametrize(
+    ("queries", "launches"),
+    [
+        (8192, {"route_small_kernel"}),
+        (8191, {"count_kernel", "tiles_kernel", "lists_kernel", "place_sorted_kernel"}),
+    ],
+)
+def test_launches(queries, launches):
+    """A small call takes one, but not a group of it, which may run beside another."""
+    call = make_call(self_attention(8192, 16, 16, 8, 128, 8))
+    group = Group(0, 16, 0, queries)
+    call.route(group, 128)
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        call.route(group, 128)
+        torch.cuda.synchronize()
+    names = "|".join(sorted({*launches, "route_small_kernel", "place_kernel"}))
+    found = [re.search(names, event.name) for event in prof.events()]
+    assert sorted(match[0] for match in found if match) == sorted(launches)
+    assert_routed(call, group, 128)
 
 
 @pytest.mark.parametrize("length", [1500, 3000, 5000, 40_000])

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_ext
-from moba_ext import flash, groups, sm90
+from moba_ext import flash, groups, sm90, varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_attention")]
 
@@ -146,6 +146,40 @@ def test_merging_on_several_streams(phases):
 
 def test_large_blocks_on_several_streams():
     check_several_streams(self_attention(6000, 8, 4, 128, 256, 4))
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(8192, 8), (32_768, 8), (32_768, 120)])
+def test_beside_a_kernel_that_holds_multiprocessors(tokens, held):
+    """As NCCL's do. Thread blocks that wait for each other don't wait for its end."""
+    case = self_attention(tokens, 16, 16, 128, 128, 8)
+    assert plan_of(case).merging == (tokens > 8192)
+    inputs = random_inputs(case, torch.bfloat16)
+    cu_seqlens, sizes = case.cu_seqlens(DEVICE), (tokens, tokens, 128, 8)
+
+    def attend() -> tuple[torch.Tensor, ...]:
+        return torch.ops.moba.attention(*inputs, *cu_seqlens, *sizes, backend="sm90")
+
+    # A thread block for every head, with all of its keys.
+    keys = 2**20
+    q, k = (torch.randn(*size, 128, device=DEVICE).half() for size in ((64, held), (keys, 1)))
+    offsets = [torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (64, keys)]
+    sequences = varlen.Sequences(*offsets, 64, keys)
+
+    def hold() -> None:
+        varlen.forward_call(q, k, k, sequences, 0.1, causal=False)
+
+    wanted = attend()
+    hold()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        hold()
+        held_until = torch.cuda.Event()
+        held_until.record()
+    got = attend()
+    torch.cuda.current_stream().synchronize()
+    assert not held_until.query()
+    for x, y in zip(got, wanted):
+        assert torch.equal(x, y)
 
 
 def check_several_streams(case: Case) -> None:

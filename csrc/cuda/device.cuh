@@ -1,4 +1,4 @@
-// What the stages share: conversions, 16-byte vectors, places in a batch, sums, launches.
+// What the stages share: conversions, 16-byte vectors, places in a batch, sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -93,24 +93,6 @@ __device__ int64_t block_scan(int64_t value, int64_t* scratch, int64_t& total) {
   const int64_t before = __shfl_sync(~0u, of_warps, max(warp - 1, 0));
   __syncthreads();
   return warp == 0 ? value : value + before;
-}
-
-// together: starts when there is room for all thread blocks, as they wait for each other.
-template <typename... Params>
-cudaError_t launch_blocks(void (*kernel)(Params...), int64_t grid, int threads,
-                          int64_t shared_bytes, cudaStream_t stream, bool together,
-                          const Params&... params) {
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = together ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 }  // namespace moba::cuda

@@ -17,7 +17,7 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kSmallWarps = 24, kSmallThreads = kSmallWarps * 32;
-constexpr int64_t kMostRun = kSmallWarps * 384;  // entries
+constexpr int64_t kMostTile = 512;  // entries
 constexpr uint32_t kNoPlace = ~0u;
 
 // Counts of a list stand side by side, of so many runs.
@@ -28,8 +28,8 @@ inline __host__ __device__ uint32_t count_stride(uint32_t tiles) {
 // What a thread block has in shared memory.
 struct SmallRun {
   int32_t* base;       // [NB] a block's first place here, then what makes a place one in entries
-  uint32_t* placed;    // [kMostRun] by entry: block, then rank in the tile, later the place here
-  uint32_t* sorted;    // [kMostRun] by place: block, entry of the run
+  uint32_t* placed;    // [kSmallWarps, tile] by entry: block, rank in the tile, later place here
+  uint32_t* sorted;    // [kSmallWarps, tile] by place: block, entry of the run
   uint16_t* counters;  // [kSmallWarps, stride]
   int32_t* lengths;    // [2 * lists], as tiles_kernel has them
   int32_t* own;        // [ranges of a head, NB] own segments
@@ -38,7 +38,7 @@ struct SmallRun {
 
   static int64_t bytes(const Sort& sort) {
     const int64_t num_blocks = sort.num_blocks;
-    return (num_blocks + 2 * kMostRun + round_up(num_blocks, 2) / 2 * kSmallWarps +
+    return (num_blocks + (2 * sort.tile + round_up(num_blocks, 2) / 2) * kSmallWarps +
             4 * sort.lists() + sort.ranges * num_blocks + 2) *
            4;
   }
@@ -46,8 +46,8 @@ struct SmallRun {
   __device__ SmallRun(int32_t* shared, const Sort& sort)
       : base(shared),
         placed(reinterpret_cast<uint32_t*>(base + sort.num_blocks)),
-        sorted(placed + kMostRun),
-        counters(reinterpret_cast<uint16_t*>(sorted + kMostRun)),
+        sorted(placed + kSmallWarps * sort.tile),
+        counters(reinterpret_cast<uint16_t*>(sorted + kSmallWarps * sort.tile)),
         stride((sort.num_blocks + 1) / 2 * 2) {
     const auto lists = static_cast<uint32_t>(sort.lists());
     lengths = reinterpret_cast<int32_t*>(counters + kSmallWarps * stride);
@@ -203,9 +203,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   write_lists(sort, routes, problem.block_size, run);
 }
 
-// Cuts the ranges into a run for every multiprocessor at most; false if the call is not small. Not
-// of a call in groups: one may run beside another on a second stream, and thread blocks that wait
-// for each other start when there is room for all of them.
+// Cuts the ranges into a run for three of four multiprocessors at most, as thread blocks that wait
+// for each other start when there is room for all of them, and a kernel of another stream may hold
+// some for long; false if the call is not small. Not of a call in groups, for one may run beside
+// another.
 inline bool cut_small(Sort& sort, const Problem& problem, const Group& group, int64_t processors,
                       int64_t most_bytes) {
   if (group.heads() < problem.heads_k || group.queries() < problem.tokens_q) return false;
@@ -215,13 +216,10 @@ inline bool cut_small(Sort& sort, const Problem& problem, const Group& group, in
   const int64_t tile = round_up(ceil_div(entries, processors / ranges * kSmallWarps), 32);
   const int64_t tiles = ceil_div(entries, tile);
   const int64_t stride = count_stride(static_cast<uint32_t>(tiles));  // and the table's room for it
-  if (kSmallWarps * tile > kMostRun || stride > std::max<int64_t>(sort.tiles + 2, 4) ||
-      SmallRun::bytes(sort) > most_bytes) {
-    return false;
-  }
+  if (tile > kMostTile || stride > std::max<int64_t>(sort.tiles + 2, 4)) return false;
   sort.tile = static_cast<uint32_t>(tile);
   sort.tiles = static_cast<uint32_t>(tiles);
-  return true;
+  return SmallRun::bytes(sort) <= most_bytes;
 }
 
 // small: whether the call is one; else nothing is launched.
@@ -238,7 +236,7 @@ inline cudaError_t route_small(Sort sort, const Problem& problem, const Group& g
   }
   if (error != cudaSuccess) return error;
   most_bytes -= kSmallWarps * static_cast<int>(sizeof(int64_t));  // scratch
-  small = together != 0 && cut_small(sort, problem, group, processors, most_bytes);
+  small = together != 0 && cut_small(sort, problem, group, processors / 4 * 3, most_bytes);
   if (!small) return error;
   const bool by_row = problem.slots >= 4;
   const auto kernel = by_row ? route_small_kernel<ByRow> : route_small_kernel<ByMatch<uint16_t>>;
@@ -246,9 +244,17 @@ inline cudaError_t route_small(Sort sort, const Problem& problem, const Group& g
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
   if (error != cudaSuccess) return error;
   const int64_t runs = ceil_div(sort.tiles, kSmallWarps);
-  return launch_blocks(kernel, int64_t{sort.heads} * sort.ranges * runs, kSmallThreads,
-                       SmallRun::bytes(sort), stream, /*together=*/true, sort, problem, group,
-                       routes, table);
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(sort.heads * sort.ranges * runs));
+  config.blockDim = dim3(kSmallThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(SmallRun::bytes(sort));
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, sort, problem, group, routes, table);
 }
 
 }  // namespace

@@ -69,7 +69,8 @@ struct Shared {
   static constexpr int kKeyFull = kQEmpty + kConsumers * 8;
   static constexpr int kKeyEmpty = kKeyFull + kKeyStages * 8;
   static constexpr int kCounters = kKeyEmpty + kKeyStages * 8;
-  static constexpr int kBytes = kCounters + kPhaseCounters * 4 + 1024;  // and to align it
+  static constexpr int kGang = kCounters + kPhaseCounters * 4;
+  static constexpr int kBytes = kGang + kGangBytes + 1024;  // and to align it
 };
 
 // The items of a thread block, looked up 32 at a time, one by each lane: of every phase a run of
@@ -77,8 +78,9 @@ struct Shared {
 // every so many. The next phase's first ones are looked up after the first one of this.
 class Run {
  public:
-  __device__ explicit Run(const AttendForwardParams& params)
-      : params_(params), lane_(threadIdx.x % 32), phases_(phases_of(params)) {}
+  // gang: where it is in shared memory.
+  __device__ Run(const AttendForwardParams& params, uint32_t gang)
+      : params_(params), gang_(gang), lane_(threadIdx.x % 32), phases_(phases_of(params)) {}
 
   // Whether there is another phase.
   __device__ bool next_phase() {
@@ -119,14 +121,14 @@ class Run {
  private:
   struct Share {
     int first, run, rest;  // of all items: the first of the run, how many, the first of the rest
-    int count;
+    int count, step;       // the rest's
     Places places;
     Item mine;  // the lane's of those that come next
 
     __device__ void look_up(const AttendForwardParams& params, int i) {
       i = min(i, count - 1);
       const int of_rest = i - run;
-      mine = Item(params, of_rest < 0 ? first + i : rest + of_rest * static_cast<int>(gridDim.x));
+      mine = Item(params, of_rest < 0 ? first + i : rest + of_rest * step);
     }
   };
 
@@ -140,8 +142,10 @@ class Run {
     const int begin = params_.segment_offsets[list];
     const int end = params_.segment_offsets[params_.by_head ? list + lists : params_.lists];
     // Turned from phase to phase by 5/8, so that it is not mostly the same ones that have one more.
-    const int items = end - begin, blocks = gridDim.x;
-    const int block = (blockIdx.x + phase_ * (blocks * 5 / 8)) % blocks;
+    const Gang gang = load_gang(gang_);
+    const int items = end - begin, blocks = gang.size;
+    const int block = (gang.rank + phase_ * (blocks * 5 / 8)) % blocks;
+    ahead_.step = blocks;
     const int64_t in_runs = items - items / 32;
     ahead_.first = static_cast<int>(in_runs * block / blocks);
     ahead_.run = static_cast<int>(in_runs * (block + 1) / blocks) - ahead_.first;
@@ -154,6 +158,7 @@ class Run {
   }
 
   const AttendForwardParams& params_;
+  uint32_t gang_;
   int lane_, phases_;
   Share now_, ahead_;
   int next_ = 0, phase_ = 0;  // the next item, and phase
@@ -172,7 +177,7 @@ class RowLoader {
       : params_(params), shared_(shared), consumer_(consumer), lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    Run run(params_);
+    Run run(params_, shared_ + Layout::kGang);
     Item item;
     int list = -1, changes = 0, tiles = 0;
     while (run.next_phase()) {
@@ -266,7 +271,7 @@ class KeyLoader {
         lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    Run run(params_);
+    Run run(params_, shared_ + Layout::kGang);
     Item item;
     int list = -1;
     while (run.next_phase()) {
@@ -510,6 +515,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ char unaligned[];
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
+    const Gang gang = assemble(params.merging);
+    store_shared(shared + Layout::kGang, gang.rank, gang.size);
     for (int i = 0; i < kConsumers; ++i) {
       init_barrier(shared + Layout::kQFull + i * 8, 32 + 1);
       init_barrier(shared + Layout::kQEmpty + i * 8, 4 * kWarpArrivals);
@@ -523,6 +530,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   clear_short_tiles(shared, Layout::kQ, params.problem, kKeys);
   __syncthreads();
+  if (load_gang(shared + Layout::kGang).size == 0) return;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < 4) {
     release_registers<kLoaderRegisters>();
@@ -543,7 +551,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kDim, int kKeys, bool kWhole>
 cudaError_t launch(const MappedParams& params, cudaStream_t stream) {
   return launch_persistent(attend_forward_tile_kernel<T, kDim, kKeys, kWhole>, kThreads,
-                           Shared<kDim, kKeys>::kBytes, params, stream, params.merging.phases > 0);
+                           Shared<kDim, kKeys>::kBytes, params, stream);
 }
 
 inline cudaError_t map_out(const AttendForwardParams& params, CUtensorMap& map) {
@@ -565,8 +573,8 @@ cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream)
   if (error == cudaSuccess) error = map_out(of_call, params.out_map);
   const Merging& merging = params.merging;
   if (error == cudaSuccess && merging.phases > 0) {
-    const size_t bytes = 2 * sizeof(int32_t) * merging.phases;
-    error = cudaMemsetAsync(merging.counters, 0, bytes, stream);
+    const size_t counters = 2 * merging.phases + 1;
+    error = cudaMemsetAsync(merging.counters, 0, counters * sizeof(int32_t), stream);
   }
   if (error != cudaSuccess) return error;
   return params.problem.block_size == kKeys ? launch<T, kDim, kKeys, true>(params, stream)

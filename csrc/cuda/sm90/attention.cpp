@@ -235,7 +235,7 @@ void attend_merging(const Call& call, const Group& group, const Tensor& q, const
     routed.lay_out(arrays, call, group);
     params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
     params.part_lse = arrays.take<float>(rows);
-    merging.counters = arrays.take<int32_t>(2 * phases);
+    merging.counters = arrays.take<int32_t>(2 * phases + 1);
   });
   routed.run(call, group, data_of<int32_t>(ids), params);
   merging.ranges = Divisor(static_cast<uint32_t>(ranges));

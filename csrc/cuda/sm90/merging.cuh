@@ -5,7 +5,7 @@
 // next, it merges rows of this one, as soon as all warps of all thread blocks have said so: parts
 // are asked for while the scores of a tile are under way, and added while its out is, at the place
 // in shared memory from where the warp's parts leave. A phase's buffer is written again when all
-// have merged it. All thread blocks must run at once.
+// have merged it. All thread blocks must run at once (Gang).
 //
 // Arithmetic is that of cuda/merge.cu, in its order.
 #pragma once
@@ -23,6 +23,46 @@ constexpr int kStageBytes = kMergedParts * 32 * 16;
 // Of a thread block, in shared memory: places for four phases, attended and merged. Its warps are
 // less than three phases apart.
 constexpr int kPhaseCounters = 8;
+
+// The thread blocks that attend, and wait for each other: those that run at once. A cooperative
+// launch waits for room for all, and kernels of other streams may hold multiprocessors for long:
+// beside one that had 8 for 5 ms, as NCCL's do, B took 5.5 ms instead of 1.1.
+struct Gang {
+  uint32_t rank, size;  // no size: the others have begun
+};
+constexpr int kGangBytes = 8;
+// Thread blocks of short kernels leave within the first; the second ends a wait for others that
+// wait in turn.
+constexpr uint64_t kMostWait = 100'000, kAnyWait = 2'000'000;  // ns, for three quarters, for others
+
+// All thread blocks where nothing is merged. The word for it is 0 at first, counts arrivals in its
+// lower half, and above them has the size, once there is one.
+inline __device__ Gang assemble(const Merging& merging) {
+  if (merging.phases == 0) return {blockIdx.x, gridDim.x};
+  constexpr uint32_t kClosed = 1u << 31, kArrivals = 0xffff;
+  auto* const state = reinterpret_cast<uint32_t*>(merging.counters + 2 * merging.phases);
+  const uint64_t begin = global_timer();
+  delay();
+  uint32_t seen = atomicAdd(state, 1);
+  const uint32_t rank = seen & kArrivals;
+  if ((seen & kClosed) != 0) return {rank, 0};
+  while (true) {
+    seen = static_cast<uint32_t>(load_acquire(reinterpret_cast<const int32_t*>(state)));
+    if ((seen & kClosed) != 0) return {rank, (seen & ~kClosed) >> 16};
+    const uint32_t arrived = seen & kArrivals;
+    const uint64_t waited = global_timer() - begin;
+    if (arrived == gridDim.x || (arrived >= gridDim.x / 4 * 3 && waited > kMostWait) ||
+        waited > kAnyWait) {
+      atomicCAS(state, seen, kClosed | arrived << 16 | arrived);
+    }
+  }
+}
+
+// Where assemble's thread has left it, in shared memory.
+inline __device__ Gang load_gang(uint32_t from) {
+  const uint2 word = load_shared_pair(from);
+  return {word.x, word.y};
+}
 
 // From a row's number to its place in part_out: that of entries, and of the group's own rows.
 struct Places {
@@ -66,7 +106,7 @@ class RowMerger {
   static_assert(kMergedParts <= kLanes);
 
  public:
-  // stage: kStageBytes; counters: kPhaseCounters of the thread block.
+  // stage: kStageBytes; counters: kPhaseCounters of the thread block, and its Gang.
   __device__ RowMerger(const AttendForwardParams& params, uint32_t stage, uint32_t counters)
       : params_(params),
         stage_(stage),
@@ -119,9 +159,11 @@ class RowMerger {
   }
 
   __device__ bool complete(int kind, int phase) const {
-    const bool all = load_acquire(counter(kind, phase)) == static_cast<int32_t>(gridDim.x);
+    const bool all = load_acquire(counter(kind, phase)) == static_cast<int32_t>(gang().size);
     return __all_sync(~0u, all);
   }
+
+  __device__ Gang gang() const { return load_gang(counters_ + kPhaseCounters * 4); }
 
   __device__ int32_t* counter(int kind, int phase) const {
     return params_.merging.counters + (kind * params_.merging.phases + phase);
@@ -129,7 +171,7 @@ class RowMerger {
 
   __device__ void begin_phase() {
     const Phase phase(params_, phase_);
-    const int warp = blockIdx.x * kWarps + threadIdx.x / 32 - 4;
+    const uint32_t warp = gang().rank * kWarps + threadIdx.x / 32 - 4;
     next_ = phase.first_row + warp * kRows + lane() / kLanes;
     end_ = phase.end_row;
     places_ = phase.places;
@@ -163,7 +205,7 @@ class RowMerger {
     commit_copies();
     lse_ = place < 0 ? -INFINITY : __ldcg(params_.part_lse + place);
     row_ = next_ < end_ ? next_ : ~0u;
-    next_ += gridDim.x * kWarps * kRows;
+    next_ += gang().size * kWarps * kRows;
     last_ = __shfl_sync(~0u, next_, 0) >= end_;
     if (!last_) {
       find();

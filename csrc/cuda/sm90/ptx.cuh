@@ -68,6 +68,14 @@ inline __device__ int read_raised_shared(uint32_t from_shared) {
   __syncwarp();
   return value;
 }
+inline __device__ uint2 load_shared_pair(uint32_t from_shared) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(from_shared)
+               : "memory");
+  return value;
+}
 inline __device__ uint4 load_shared(uint32_t from_shared) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -242,6 +250,11 @@ inline __device__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" 
 // Messages between thread blocks: what the writer saw, the reader sees.
 inline __device__ void store_release(int32_t* to, int32_t value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+inline __device__ uint64_t global_timer() {  // ns
+  uint64_t value;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(value));
+  return value;
 }
 inline __device__ void add_release(int32_t* to, int32_t value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");

@@ -171,7 +171,7 @@ __device__ uint32_t pack(float low, float high) {
 // One thread block per multiprocessor, of a GPU that has wgmma.
 template <typename Params>
 cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_bytes,
-                              const Params& params, cudaStream_t stream, bool together = false) {
+                              const Params& params, cudaStream_t stream) {
   int device = 0, processors = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
   for (const auto& [value, attribute] : {std::pair{&processors, cudaDevAttrMultiProcessorCount},
@@ -184,7 +184,8 @@ cudaError_t launch_persistent(void (*kernel)(Params), int threads, int shared_by
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return error;
-  return launch_blocks(kernel, processors, threads, shared_bytes, stream, together, params);
+  kernel<<<static_cast<unsigned>(processors), threads, shared_bytes, stream>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace moba::cuda::sm90

@@ -56,7 +56,8 @@ struct Merging {
   uint32_t range_queries;
   int32_t phases, buffers;   // 0 phases: nothing is merged
   const int32_t* positions;  // as route leaves them
-  int32_t* counters;         // [2 * phases]: thread blocks that have attended, merged a phase
+  int32_t* counters;         // [2 * phases]: thread blocks that have attended, merged a phase;
+                             // [1] behind them: those that run (merging.cuh)
   MutableRows out;           // [Tq, Hq, D]
   float* lse;                // [Hq, Tq]
 };
