@@ -6,7 +6,8 @@
     python benchmarks/attention.py --readme        puts the tables of all results into README.md
 
 Every run draws fresh inputs. Times lie between CUDA events, with no wait in between, so in small
-rows they include what launching costs. Forward runs in grad mode, saving what the backward needs.
+rows they include what launching costs; these are also timed with the host ahead, as in a model
+whose other work fills the queue. Forward runs in grad mode, saving what the backward needs.
 Memory is the peak beyond what was there before the call and the tensors it returns (out; dq, dk,
 dv): what the forward saves for the backward beside out counts. Stages: one more forward and
 backward under torch.profiler, whose kernels tell by their names, when all rows have been timed:
@@ -38,6 +39,7 @@ from common import HEAD_DIM, ROWS, Row
 DEVICE = "cuda"
 MOBA, DENSE = "moba_ext", "dense cuDNN"
 DENSE_MOST = 524_288
+SHORT = 1.0  # ms of a forward: the host's part counts
 NOT_ASKED = "not asked for"
 STAGES = ("block_mean", "gate_topk", "route", "attend", "merge", "other")
 PHASES = {"forward": STAGES, "backward": STAGES[2:]}
@@ -128,6 +130,17 @@ class Trial:
         backward, _ = common.span(lambda: torch.autograd.grad(out, tensors, dout))
         return {"forward": forward, "backward": backward}
 
+    def queued(self) -> dict[str, float]:
+        """ms of a forward and of a backward with the host ahead, on the same inputs."""
+        tensors, dout = self.draw()
+        out = self.forward(tensors)
+        return {
+            "forward": common.queued(lambda: self.forward(tensors)),
+            "backward": common.queued(
+                lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
+            ),
+        }
+
     def extra_bytes(self) -> dict[str, int]:
         tensors, dout = self.draw()
         forward, out = _extra_bytes(lambda: self.forward(tensors))
@@ -211,7 +224,10 @@ def measure(attend: Callable, row: Row, options: argparse.Namespace) -> dict:
     trial = Trial(attend, row, options.inputs)
     torch.cuda.empty_cache()
     ms, runs = common.medians(trial.spans, options.repeats)
-    return {"ms": ms, "runs": runs, "extra_bytes": trial.extra_bytes()}
+    found = {"ms": ms, "runs": runs, "extra_bytes": trial.extra_bytes()}
+    if ms["forward"] < SHORT:
+        found["queued_ms"] = trial.queued()
+    return found
 
 
 def attempt(attend: Callable, row: Row, options: argparse.Namespace) -> dict:
@@ -286,6 +302,17 @@ def times_table(rows: list[dict]) -> str:
     return common.markdown(header, lines)
 
 
+def queued_table(rows: list[dict]) -> str:
+    """A line per short row and method."""
+    lines = [
+        [row["row"], method, *(f"{found['queued_ms'][phase]:.3f}" for phase in PHASES)]
+        for row in rows
+        for method, found in row["methods"].items()
+        if "queued_ms" in found
+    ]
+    return common.markdown(["row", "", "forward ms", "backward ms"], lines)
+
+
 def stages_table(rows: list[dict]) -> str:
     header = ["row", *(f"{phase} {stage}" for phase in PHASES for stage in PHASES[phase])]
     lines = []
@@ -311,12 +338,16 @@ def table(results: dict) -> str:
     stages = [f"{MOBA}, ms of the kernels of each stage in one call:", stages_table(rows)]
     if not any(row["methods"][MOBA].get("stages_ms") for row in rows):
         stages = ["No stages: torch.profiler saw no kernels."]
+    queued = ["The same of short rows where the host is ahead:", queued_table(rows)]
+    if not any("queued_ms" in found for found in measured):
+        queued = []
     parts = [
         f"{r['gpu']}, driver {r['driver']}, CUDA {r['cuda']}, torch {r['torch']}, cuDNN "
         f"{r['cudnn']}, backend {r['backend']} on {r['flash_attention']}, {r['inputs']} inputs, "
         f"commit {r['commit']}; medians of {runs[0]} to {runs[-1]} runs:",
         times_table(rows),
         *(["Not measured: " + " ".join(skipped)] if skipped else []),
+        *queued,
         *stages,
     ]
     return "\n\n".join(parts)

@@ -128,6 +128,26 @@ def medians(
     return {name: statistics.median(run[name] for run in times) for name in times[0]}, len(times)
 
 
+def queued(call: Callable, runs: int = 20) -> float:
+    """Median ms of calls that wait in the device's queue, where no call waits for the host."""
+    call()
+    for doubled in range(8):
+        begin, *events = (torch.cuda.Event(enable_timing=True) for _ in range(runs + 2))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        begin.record()
+        torch.cuda._sleep(10**7 << doubled)
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        host = 1e3 * (time.perf_counter() - began)
+        torch.cuda.synchronize()
+        if host < begin.elapsed_time(events[0]):
+            return statistics.median(x.elapsed_time(y) for x, y in zip(events, events[1:]))
+    raise RuntimeError(f"the host took {host:.0f} ms to launch {runs} calls, longer than the wait")
+
+
 def commit(*paths: str) -> str:
     """HEAD, "unknown" outside of a checkout; a plus sign if paths have changed since."""
     git = ["git", "-C", str(ROOT)]

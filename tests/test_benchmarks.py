@@ -100,6 +100,7 @@ def results() -> dict:
         "ms": {"forward": 0.8, "backward": 2.0},
         "runs": 10,
         "extra_bytes": {"forward": 500_000_000, "backward": 1_250_000_000},
+        "queued_ms": {"forward": 0.25, "backward": 0.5},
         "stages_ms": {
             phase: {**dict.fromkeys(attention.STAGES, 0.125), "attend": 0.5}
             for phase in attention.PHASES
@@ -133,6 +134,7 @@ def test_table_of_a_results_file(tree):
     assert f"| {cells} | 0.50 | 1.25 |\n" in text
     assert "| 1M | 1,048,576 | 32/8 | 128, 8 | moba_ext | 0.80 | 2.00 | - | - | - | - |" in text
     assert "Not measured: 1M dense cuDNN: takes minutes." in text
+    assert "| A | moba_ext | 0.250 | 0.500 |\n" in text
     stages = "0.12 | 0.12 | 0.12 | 0.50 | 0.12 | 0.12 | 0.12 | 0.50 | 0.12 | 0.12"
     assert text.endswith(f"| A | {stages} |\n| 1M | {stages} |")
     for part in text.split("\n\n"):
@@ -265,10 +267,13 @@ def test_a_run(tree, no_gpu, monkeypatch, capsys):
     options = {"rows": ["A", "1M"], "backend": "cpu", "inputs": "hot", "repeats": 2}
     monkeypatch.setitem(common.ROWS, "1M", common.Row(96, 4, 2, 32, 2))
     monkeypatch.setattr(attention, "DENSE_MOST", 96)
+    monkeypatch.setattr(attention, "SHORT", 1e9)
+    monkeypatch.setattr(common, "queued", lambda call: len(call()))
     found = attention.run(argparse.Namespace(**options, name="gpu", commit="abc", no_dense=False))
     assert found == json.loads((tree / "benchmarks/results/gpu.json").read_text())
     assert found["commit"] == "abc" and found["kernels_sha256"] == common.kernels_sha256("cpu")
     row = found["rows"][0]["methods"]
+    assert row["moba_ext"]["queued_ms"] == {"forward": 256, "backward": 3}
     assert row["moba_ext"]["runs"] >= 2 and row["moba_ext"]["ms"].keys() == attention.PHASES.keys()
     out = 256 * 4 * 128 * 2
     assert row["moba_ext"]["extra_bytes"] == {
@@ -281,6 +286,17 @@ def test_a_run(tree, no_gpu, monkeypatch, capsys):
     assert found["rows"][1]["methods"]["dense cuDNN"]["skipped"].startswith("RuntimeError")
     assert "no GPU" in attention.table(found)
     assert "FlashMoBA is left out: No module named 'flash_moba'" in capsys.readouterr().err
+
+
+def test_calls_are_queued_until_the_host_is_ahead(no_gpu, monkeypatch):
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles))
+    monkeypatch.setattr(Event, "elapsed_time", lambda *_: 100.0 if len(slept) > 2 else 0.0)
+    assert common.queued(lambda: time.sleep(0.001), runs=3) == 100.0
+    assert slept == [10**7, 2 * 10**7, 4 * 10**7]
+    monkeypatch.setattr(Event, "elapsed_time", lambda *_: 0.0)
+    with pytest.raises(RuntimeError, match="to launch 3 calls, longer than the wait"):
+        common.queued(lambda: time.sleep(0.001), runs=3)
 
 
 def test_runs_are_fewer_when_long_and_more_when_short(no_gpu):
