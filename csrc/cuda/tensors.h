@@ -59,7 +59,7 @@ inline MutableRows mutable_rows_of(const Tensor& tensor) {
 }
 
 // A contiguous tensor on the CUDA device of `like`. torch::stable::new_empty looks the op up by its
-// name and calls two: twice the host's time, and a call makes up to thirty.
+// name and calls two: twice the host's time, and a call makes up to twenty.
 template <size_t kDimensions>
 Tensor new_tensor(const Tensor& like, const int64_t (&sizes)[kDimensions], ScalarType dtype) {
   int64_t strides[kDimensions], stride = 1;

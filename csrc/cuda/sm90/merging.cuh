@@ -26,14 +26,14 @@ constexpr int kPhaseCounters = 8;
 
 // The thread blocks that attend, and wait for each other: those that run at once. A cooperative
 // launch waits for room for all, and kernels of other streams may hold multiprocessors for long:
-// beside one that had 8 for 5 ms, as NCCL's do, B took 5.5 ms instead of 1.1.
+// row B took 7.2 ms instead of 1.5 beside an all_reduce of NCCL that takes 6.4.
 struct Gang {
   uint32_t rank, size;  // no size: the others have begun
 };
 constexpr int kGangBytes = 8;
-// Thread blocks of short kernels leave within the first; the second ends a wait for others that
-// wait in turn.
-constexpr uint64_t kMostWait = 100'000, kAnyWait = 2'000'000;  // ns, for three quarters, for others
+// ns. Where three quarters are there, how long they wait for the rest: thread blocks of short
+// kernels have left by then. And for three quarters: two such kernels may be in each other's place.
+constexpr uint64_t kRestWait = 100'000, kMostWait = 2'000'000;
 
 // All thread blocks where nothing is merged. The word for it is 0 at first, counts arrivals in its
 // lower half, and above them has the size, once there is one.
@@ -51,8 +51,8 @@ inline __device__ Gang assemble(const Merging& merging) {
     if ((seen & kClosed) != 0) return {rank, (seen & ~kClosed) >> 16};
     const uint32_t arrived = seen & kArrivals;
     const uint64_t waited = global_timer() - begin;
-    if (arrived == gridDim.x || (arrived >= gridDim.x / 4 * 3 && waited > kMostWait) ||
-        waited > kAnyWait) {
+    if (arrived == gridDim.x || (arrived >= gridDim.x / 4 * 3 && waited > kRestWait) ||
+        waited > kMostWait) {
       atomicCAS(state, seen, kClosed | arrived << 16 | arrived);
     }
   }
