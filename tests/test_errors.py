@@ -325,6 +325,8 @@ def test_a_call_like_one_before_is_checked_too():
         ({"topk": [1]}, TypeError, "topk is [1]"),
         ({"max_seqlen_k": None}, TypeError, "max_seqlen_k is None"),
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
+        ({"backend": "gpu"}, ValueError, "backend is 'gpu', must be 'auto' or one of"),
+        ({"backend": ["auto"]}, ValueError, "backend is ['auto'], must be 'auto' or one of"),
         ({"k": torch.randn(50, 3, 16).to("meta")}, ValueError, "v has shape (50, 2, 16)"),
         ({"v": torch.randn(50, 2, 16)}, ValueError, "v is on cpu"),
         ({"cu_seqlens_q": offsets(0, 40).to("meta")}, ValueError, "cu_seqlens_k has 3 entries"),

@@ -49,8 +49,7 @@ def set_phases(monkeypatch):
         monkeypatch.setattr(sm90, "PHASE_PARTS", parts)
         flash._plan.cache_clear()
 
-    yield set_parts
-    flash._plan.cache_clear()
+    return set_parts
 
 
 @pytest.fixture(params=[1, 2**12])
