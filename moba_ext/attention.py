@@ -103,7 +103,8 @@ def _check_rows(names: str, tensors: tuple[Tensor, ...], layout: str) -> None:
 
 def _check_cu_seqlens(
     name: str, cu_seqlens: Tensor, tokens_name: str, tokens: int, device: torch.device
-) -> None:
+) -> int | None:
+    """Returns the longest sequence, where values are read."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(
             f"{name} is {type(cu_seqlens).__name__}, must be an int32 tensor [batch + 1]"
@@ -117,40 +118,42 @@ def _check_cu_seqlens(
     if cu_seqlens.device != device:
         raise ValueError(f"{name} is on {cu_seqlens.device}, must be on the device of q, {device}")
     if not _values_visible(cu_seqlens):
-        return
-    if cu_seqlens[0] != 0:
-        raise ValueError(f"{name}[0] is {int(cu_seqlens[0])}, must be 0")
+        return None
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"{name}[0] is {first}, must be 0")
     lengths = cu_seqlens.diff()
-    if bool((lengths < 0).any()):
+    shortest, longest = map(int, lengths.aminmax())
+    if shortest < 0:
         at = int((lengths < 0).nonzero()[0]) + 1
         raise ValueError(f"{name} decreases at index {at}, must not decrease: {_shown(cu_seqlens)}")
-    if cu_seqlens[-1] != tokens:
+    if last != tokens:
         raise ValueError(
-            f"{name}[-1] is {int(cu_seqlens[-1])}, must be the number of tokens of {tokens_name}, "
-            f"{tokens}"
+            f"{name}[-1] is {last}, must be the number of tokens of {tokens_name}, {tokens}"
         )
+    return longest
 
 
 def _check_cu_seqlens_pair(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
-) -> None:
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], q.device)
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], q.device)
+) -> tuple[int | None, int | None]:
+    """Returns the longest sequences, where values are read."""
+    longest_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], q.device)
+    longest_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], q.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k has {cu_seqlens_k.shape[0]} entries, must have as many as cu_seqlens_q, "
             f"{cu_seqlens_q.shape[0]}"
         )
+    return longest_q, longest_k
 
 
-def _check_max_seqlen(name: str, max_seqlen: object, cu_seqlens: Tensor) -> None:
+def _check_max_seqlen(name: str, max_seqlen: object, longest: int | None) -> None:
     _check_int(name, max_seqlen, "an int")
-    if _values_visible(cu_seqlens):
-        longest = int(cu_seqlens.diff().max())
-        if max_seqlen < longest:
-            raise ValueError(
-                f"{name} is {max_seqlen}, must be at least the longest sequence, {longest}"
-            )
+    if longest is not None and max_seqlen < longest:
+        raise ValueError(
+            f"{name} is {max_seqlen}, must be at least the longest sequence, {longest}"
+        )
 
 
 class _Checked(NamedTuple):
@@ -176,9 +179,9 @@ def _check_arguments(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) 
     if signature is not None and signature in _checked:
         return _checked[signature]
     _check_rows(("q", "k", "v"), (q, k, v), "[tokens, heads, head_dim]")
-    _check_cu_seqlens_pair(q, k, cu_seqlens_q, cu_seqlens_k)
-    _check_max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
-    _check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    longest_q, longest_k = _check_cu_seqlens_pair(q, k, cu_seqlens_q, cu_seqlens_k)
+    _check_max_seqlen("max_seqlen_q", max_seqlen_q, longest_q)
+    _check_max_seqlen("max_seqlen_k", max_seqlen_k, longest_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     softmax_scale = _check_scale(softmax_scale)
     checked = _Checked(block_size, topk, softmax_scale, _pick_backend(backend, q))
@@ -387,10 +390,10 @@ def select_blocks(
             torch.tensor([0, x.shape[0]], dtype=torch.int32, device=q.device) for x in (q, k)
         )
         max_seqlen_k = k.shape[0]
-    _check_cu_seqlens_pair(q, k, cu_seqlens_q, cu_seqlens_k)
+    _, longest_k = _check_cu_seqlens_pair(q, k, cu_seqlens_q, cu_seqlens_k)
     if max_seqlen_k is None:
         max_seqlen_k = int(cu_seqlens_k.diff().max())
-    _check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    _check_max_seqlen("max_seqlen_k", max_seqlen_k, longest_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
     why_not = ops.compiled_gate(q.device.type, q.dtype, q.shape[-1])
@@ -457,8 +460,8 @@ def moba_attn_varlen_naive(
     """
     _check_rows(("q", "k", "v"), (q, k, v), "[tokens, heads, head_dim]")
     for name, x in (("q", q), ("k", k)):
-        _check_cu_seqlens("cu_seqlens", cu_seqlens, name, x.shape[0], q.device)
-    _check_max_seqlen("max_seqlen", max_seqlen, cu_seqlens)
+        longest = _check_cu_seqlens("cu_seqlens", cu_seqlens, name, x.shape[0], q.device)
+    _check_max_seqlen("max_seqlen", max_seqlen, longest)
     block_size = _check_positive("moba_chunk_size", moba_chunk_size)
     topk = _check_positive("moba_topk", moba_topk)
     out, mask = reference.naive_attention_varlen(
