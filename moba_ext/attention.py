@@ -300,19 +300,8 @@ def moba_attention_varlen(
         )
     else:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse, _ = torch.ops.moba.attention.default(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            block_size,
-            topk,
-            softmax_scale,
-            name,
-        )
+        sizes = max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale
+        out, lse, _ = ops.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes, name)
     return (out, lse) if return_lse else out
 
 

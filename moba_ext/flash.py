@@ -363,6 +363,8 @@ def backward(
 
     def run_heads(heads: tuple[int, int]) -> None:
         own_grads = functools.cache(functools.partial(attend_own, heads))
+        if len(ranges) > 1 or heads[1] - heads[0] < heads_k:
+            own_grads()  # FlashAttention's buffers have gone then before rows are packed
         sums = [None, None]
         if len(ranges) > 1:
             shape = (tokens_k, heads[1] - heads[0], head_dim)
@@ -375,7 +377,7 @@ def backward(
         if plan.slots:
             routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
             packed = pack(routed, group)
-        # Only now: a short call's device copies rows while the host calls FlashAttention.
+        # A short call's device copies rows while the host calls FlashAttention.
         own_dq, *own_dkv = own_grads()
         if plan.slots:
             part_dq, *part_dkv = varlen.backward(*packed, scale, False, reuse_out=True)

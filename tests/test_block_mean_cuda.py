@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from moba_ext import reference
 
@@ -44,10 +45,22 @@ def test_matches_reference(dtype, head_dim, block_size):
     assert_mean(head_major, cu_seqlens, block_size)
 
 
-def test_many_sequences():
-    lengths = torch.randint(0, 9, (5000,)).tolist()
+@pytest.mark.parametrize("batch", [254, 255, 256, 5000])
+def test_many_sequences(batch):
+    lengths = torch.randint(0, 9, (batch,)).tolist()
     k = torch.randn(sum(lengths), 1, 8, device="cuda")
     assert_mean(k, offsets(*lengths), 3)
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(32_767, 1), (32_768, 2)])
+def test_launches(tokens, launches):
+    """Up to 2^20 elements of kbar the kernel finds the blocks by itself."""
+    k, cu_seqlens = torch.randn(tokens, 2, 64, device="cuda"), offsets(tokens)
+    assert_mean(k, cu_seqlens, 4)
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        torch.ops.moba.block_mean(k, cu_seqlens, 4)
+        torch.cuda.synchronize()
+    assert sum("moba::cuda" in event.name for event in prof.events()) == launches
 
 
 def test_no_tokens():
@@ -58,8 +71,10 @@ def test_no_tokens():
     "values",
     [[0, 5], [1, 100], [0, 120, 100], [0, -5, 100], [0, 2**31 - 1, 100], [-(2**31), 100]],
 )
-def test_invalid_offsets_give_nan(values):
+@pytest.mark.parametrize("empty", [0, 300])  # sequences behind the others
+def test_invalid_offsets_give_nan(values, empty):
     k = torch.randn(100, 2, 64, dtype=torch.bfloat16, device="cuda")
+    values = values + values[-1:] * empty
     cu_seqlens = torch.tensor(values, dtype=torch.int32, device="cuda")
     assert torch.ops.moba.block_mean(k, cu_seqlens, 16).isnan().all()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import Case, run_op, self_attention
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_ext
 from moba_ext import ops
@@ -127,6 +128,40 @@ def test_without_gradients():
             with mode():
                 got = attend(*args)
             assert all(torch.equal(x, y) and not x.requires_grad for x, y in zip(got, wanted))
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def attend_mean(q, k, v):
+    return moba_ext.moba_attention(q, k, v, block_size=16, topk=2).mean(1)
+
+
+def test_public_function_calls_the_op():
+    """It goes around the dispatcher's turn into Python, but not around who listens below."""
+    inputs = [torch.randn(1, 50, 2, 16, requires_grad=True) for _ in range(3)]
+    with Seen() as seen:
+        torch.autograd.grad(attend_mean(*inputs).sum(), inputs)
+    assert seen.names.count("moba.attention.default") == 1
+    assert seen.names.count("moba.attention_backward.default") == 1
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functorch_sees_the_op():
+    inputs = [torch.randn(3, 1, 50, 2, 16) for _ in range(3)]
+    wanted = torch.stack([attend_mean(*x) for x in zip(*inputs)])
+    assert torch.equal(torch.func.vmap(attend_mean)(*inputs), wanted)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda *x: attend_mean(*x).sum())(*(x[0] for x in inputs))
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])

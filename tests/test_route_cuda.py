@@ -94,6 +94,19 @@ def test_many_blocks(length, hot, poisoned):
     assert_routed(call, Group(0, 1, 17, length // 2 - 5), 1)
 
 
+@pytest.mark.parametrize("length", [2000, 5000])  # eight tiles in a thread block, and four
+@pytest.mark.parametrize("alike", [(0, 0), (2, 0), (4, 0), (2, 2), (3, 2), (5, 0), (16, 16)])
+def test_lanes_that_meet(length, alike, poisoned):
+    """Of 32 entries that a warp takes at a time so many have one block, and another one."""
+    call = make_call(Case([length], [length], 1, 1, 8, 1, 2))
+    query = torch.arange(length)
+    place = query % 32
+    for first, count in zip((0, 16), alike):
+        among = (place >= first) & (place < first + count)
+        query = torch.where(among, query - place + first, query)
+    assert_routed(call._replace(ids=call.ids[query]), Group(0, 1, 0, length - 1), 64)
+
+
 def test_many_sequences(poisoned):
     lengths = torch.randint(0, 9, (3000,)).tolist()
     call = make_call(self_attention(lengths, 2, 2, 8, 2, 3))

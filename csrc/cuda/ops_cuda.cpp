@@ -59,11 +59,12 @@ Tensor block_mean(const Tensor& k, const Tensor& cu_seqlens_k, int64_t block_siz
   problem.block_size = block_size;
   problem.num_blocks = problem.tokens_k / block_size + problem.batch;
   problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
-  const Tensor cu_blocks = with_cu_blocks(problem, cu_seqlens_k, INT32_MAX, INT32_MAX);
+  Tensor cu_blocks = new_tensor(k, {problem.batch + 1}, ScalarType::Long);
   Tensor kbar =
       new_tensor(k, {problem.num_blocks, problem.heads_k, problem.head_dim}, k.scalar_type());
-  STD_CUDA_CHECK(
-      moba::cuda::block_mean(problem, rows_of(k), kbar.mutable_data_ptr(), current_stream(k)));
+  STD_CUDA_CHECK(moba::cuda::block_mean(problem, INT32_MAX, INT32_MAX, rows_of(k),
+                                        mutable_data_of<int64_t>(cu_blocks),
+                                        kbar.mutable_data_ptr(), current_stream(k)));
   return kbar;
 }
 

@@ -36,12 +36,13 @@ constexpr int64_t kMaxShared = 48 * 1024;
 template <bool kShared>
 __global__ void __launch_bounds__(kCountThreads) count_kernel(Sort sort, int32_t* table) {
   extern __shared__ int32_t shared_counts[];  // [NB]
-  int32_t* const row = table + int64_t{blockIdx.x} * sort.num_blocks;
+  // Neighbours are of different heads, whose ids lie side by side: those come from memory once.
+  const uint32_t head = blockIdx.x % sort.heads, of_head = blockIdx.x / sort.heads;
+  const uint32_t range = head * sort.ranges + of_head / sort.tiles, tile = of_head % sort.tiles;
+  int32_t* const row = table + (int64_t{range} * sort.tiles + tile) * sort.num_blocks;
   int32_t* const counts = kShared ? shared_counts : row;
   for (uint32_t n = threadIdx.x; n < sort.num_blocks; n += blockDim.x) counts[n] = 0;
   __syncthreads();
-  const uint32_t range = blockIdx.x / sort.tiles, tile = blockIdx.x % sort.tiles;
-  const uint32_t head = range / sort.ranges;
   const uint32_t begin = sort.begin(range, tile), end = sort.end(range, tile);
   Sequence sequence;
   for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * blockDim.x) {
@@ -248,12 +249,8 @@ cudaError_t launch(const Sort& sort, const Problem& problem, const Group& group,
     if (error != cudaSuccess) return error;
     return place(kernel, warps, ranges * ceil_div(sort.tiles, warps), bytes(warps));
   };
-  if (bytes(8) <= most) {
-    const bool by_row = problem.slots >= 4;
-    return place_sorted(
-        by_row ? place_sorted_kernel<8, ByRow> : place_sorted_kernel<8, ByMatch<uint16_t>>, 8);
-  }
-  if (bytes(4) <= most) return place_sorted(place_sorted_kernel<4, ByGuess>, 4);
+  if (bytes(8) <= most) return place_sorted(place_sorted_kernel<8>, 8);
+  if (bytes(4) <= most) return place_sorted(place_sorted_kernel<4>, 4);
   int64_t warps = kPlaceWarps;
   if constexpr (kShared) warps = std::clamp<int64_t>(kMaxShared / counter_bytes, 1, warps);
   return place(place_kernel<kShared>, warps, ceil_div(tiles, warps), warps * counter_bytes);

@@ -48,7 +48,7 @@ __device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t bl
 // The places of a warp's 32 entries in order, entry by lane, from counters, which have that of
 // every block's next one. Which of the lanes have the same block is found out
 //
-// by comparing them, which keeps the one unit of a multiprocessor that does so busy for 70 cycles;
+// by comparing them, for which a multiprocessor has one unit: a warp waits 350 cycles for it in D;
 template <typename Counter>
 struct ByMatch {
   Counter* next;
@@ -66,25 +66,35 @@ struct ByMatch {
 };
 
 // or by adding to counters of 16 bits, in pairs, and looking whether another lane has added to the
-// same one: only then they are compared;
+// same one. Where more than four lanes have met they are compared, else looked up block by block;
 struct ByGuess {
   uint32_t* next;
 
   __device__ int32_t place(const Sort&, uint32_t, int32_t block) const {
-    const uint32_t shift = (block & 1) * 16;
+    const uint32_t lane = threadIdx.x % 32, shift = (block & 1) * 16;
     uint32_t before = 0, after = 1;
     if (block >= 0) before = atomicAdd(next + (block >> 1), 1u << shift) >> shift & 0xffff;
     __syncwarp();
     if (block >= 0) after = next[block >> 1] >> shift & 0xffff;
-    if (__all_sync(~0u, after == before + 1)) return static_cast<int32_t>(before);
-    const unsigned same = __match_any_sync(~0u, block);
-    const unsigned lower = same & ((1u << threadIdx.x % 32) - 1);
-    return static_cast<int32_t>(after - __popc(same) + __popc(lower));
+    const unsigned met = __ballot_sync(~0u, after != before + 1);
+    if (met == 0) return static_cast<int32_t>(before);
+    unsigned same = 1u << lane;
+    if (__popc(met) > 4) {
+      same = __match_any_sync(~0u, block);
+    } else {
+      for (unsigned left = met; left != 0;) {
+        const int32_t of_first = __shfl_sync(~0u, block, __ffs(left) - 1);
+        const unsigned lanes = __ballot_sync(~0u, block == of_first);
+        if (block == of_first) same = lanes;
+        left &= ~lanes;
+      }
+    }
+    return static_cast<int32_t>(after - __popc(same) + __popc(same & ((1u << lane) - 1)));
   }
 };
 
-// or row by row, whose entries have blocks of their own, with counters of 16 bits in pairs: 47
-// instead of 56 us a group with the 7 slots of row C, but 20 instead of 16 with the 2 of row E.
+// or row by row, whose entries have blocks of their own, with such counters: where blocks are few
+// and most lanes meet.
 struct ByRow {
   uint32_t* next;
 
@@ -170,7 +180,7 @@ cudaError_t most_sorted_bytes(int64_t& bytes) {
 
 // The same for as many tiles as warps, whose entries are sorted by block in shared memory: written
 // one by one, they keep the L2 busy with words.
-template <int kWarps, typename Counters>
+template <int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     place_sorted_kernel(Sort sort, Routes routes, int64_t block_size, uint32_t segment_blocks,
                         int32_t* table) {
@@ -188,10 +198,12 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   const uint32_t first = (blockIdx.x - segment_blocks) % runs * kWarps;
   const uint32_t count = min(sort.tiles - first, uint32_t{kWarps});  // of tiles
   const int32_t* const rows = table + (int64_t{range} * sort.tiles + first) * num_blocks;
-  int64_t chosen = 0;
+  int32_t chosen = 0;
   constexpr uint32_t kThreads = kWarps * 32;
-  // Sums over blocks; all that they need is asked for before the first.
-  constexpr uint32_t kScans = kWarps < 8 ? 4 : 1;
+  // Sums over blocks, several in a number, as each is below 2^16. All that they need is asked for
+  // before the first.
+  constexpr uint32_t kScans = kWarps < 8 ? 4 : 2;
+  const bool last = first + count >= sort.tiles;
   for (uint32_t begin = threadIdx.x; begin < num_blocks + threadIdx.x; begin += kScans * kThreads) {
     int32_t offset[kScans], after[kScans], of_tile[kScans][kWarps];
 #pragma unroll
@@ -205,18 +217,21 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       for (uint32_t tile = 0; tile < kWarps; ++tile) {
         if (tile < count) of_tile[u][tile] = rows[tile * num_blocks + n];
       }
-      const bool last = first + count >= sort.tiles;
-      after[u] = last ? routes.offsets[list + 1] - offset[u] : rows[count * num_blocks + n];
+      after[u] = last ? routes.offsets[list + 1] : rows[count * num_blocks + n];
     }
+    int64_t of_blocks = 0, total;
 #pragma unroll
     for (uint32_t u = 0; u < kScans; ++u) {
-      if (begin - threadIdx.x + u * kThreads >= num_blocks) break;
-      const int32_t of_block = after[u] - of_tile[u][0];
-      int64_t total;
-      const int64_t sum = block_scan<kThreads>(of_block, scratch, total);
-      const int32_t place = static_cast<int32_t>(chosen + sum) - of_block;  // here
-      chosen += total;
+      if (last) after[u] -= offset[u];
+      of_blocks |= int64_t{after[u] - of_tile[u][0]} << (16 * u);
+    }
+    const auto before =
+        static_cast<uint64_t>(block_scan<kThreads>(of_blocks, scratch, total) - of_blocks);
+#pragma unroll
+    for (uint32_t u = 0; u < kScans; ++u) {
       const uint32_t n = begin + u * kThreads;
+      const int32_t place = chosen + static_cast<int32_t>(before >> (16 * u) & 0xffff);  // here
+      chosen += static_cast<int32_t>(static_cast<uint64_t>(total) >> (16 * u) & 0xffff);
       if (n >= num_blocks) continue;
       base[n] = offset[u] + of_tile[u][0] - place;
 #pragma unroll
@@ -231,8 +246,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   const uint32_t origin = range / sort.ranges * sort.entries;
   const uint32_t entry_begin = sort.begin(range, first);
   if (warp < count) {
-    using Next = decltype(Counters::next);
-    const Counters of_tile{reinterpret_cast<Next>(counters + warp * counters_of_tile)};
+    const ByGuess of_tile{reinterpret_cast<uint32_t*>(counters + warp * counters_of_tile)};
     walk(sort, range, first + warp, of_tile, [&](uint32_t entry, int32_t n, int32_t place) {
       routes.positions[origin + entry] = n < 0 ? -1 : base[n] + place;
       if (n >= 0) sorted[place] = static_cast<uint32_t>(n) << 16 | (entry - entry_begin);

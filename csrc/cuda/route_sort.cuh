@@ -77,21 +77,22 @@ __device__ Sequence find_sequence_of_query(const Sort& sort, uint32_t query) {
   return sequence;
 }
 
-// Entries first + u * step, those below `end`: their queries, and what ids has of them, or -1.
+// Entries first + u * step, those below `end` > 0: their queries, and what ids has of them.
 struct Entries {
+  static constexpr uint32_t kNone = ~0u;  // query of those beyond the end
   uint32_t queries[kUnroll];
   int32_t ids[kUnroll];
 
+  // Nothing here waits for the ids.
   __device__ void load(const Sort& sort, uint32_t head, uint32_t first, uint32_t step,
                        uint32_t end) {
     const int32_t* const of_head = sort.ids + uint64_t{head} * sort.query_entries;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t entry = first + u * step, query = entry / sort.query_entries;
+      const uint32_t entry = min(first + u * step, end - 1), query = entry / sort.query_entries;
       const uint32_t rest = entry - query * sort.query_entries;
-      queries[u] = sort.query_begin + query;
-      ids[u] = -1;
-      if (entry < end) ids[u] = of_head[uint64_t{query} * sort.query_stride + rest];
+      queries[u] = first + u * step < end ? sort.query_begin + query : kNone;
+      ids[u] = of_head[uint64_t{query} * sort.query_stride + rest];
     }
   }
 
@@ -101,7 +102,7 @@ struct Entries {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       blocks[u] = -1;
-      if (ids[u] < 0) continue;
+      if (ids[u] < 0 || queries[u] == kNone) continue;
       if (queries[u] >= sequence.query_end) sequence = find_sequence_of_query(sort, queries[u]);
       if (ids[u] < sequence.blocks) blocks[u] = sequence.first_block + ids[u];
     }

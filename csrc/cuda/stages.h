@@ -23,9 +23,11 @@ constexpr int64_t kMaxHeadDim = 256;
 cudaError_t metadata(const Problem& problem, int64_t max_seqlen_q, int64_t max_seqlen_k,
                      int64_t* cu_blocks, cudaStream_t stream);
 
-// k [Tk, Hk, D] -> kbar [NB, Hk, D], contiguous, every element written: the mean of a complete
-// block, zero for other rows. problem.cu_blocks as metadata leaves it.
-cudaError_t block_mean(const Problem& problem, const Rows& k, void* kbar, cudaStream_t stream);
+// metadata, and k [Tk, Hk, D] -> kbar [NB, Hk, D], contiguous, every element written: the mean of a
+// complete block, zero for other rows. One launch where the call is short, of 255 sequences at
+// most.
+cudaError_t block_mean(Problem problem, int64_t max_seqlen_q, int64_t max_seqlen_k, const Rows& k,
+                       int64_t* cu_blocks, void* kbar, cudaStream_t stream);
 
 struct GateTopkParams {
   Problem problem;   // head_dim a multiple of 8

@@ -58,12 +58,17 @@ struct Call {
   RoutedRows params{};  // of all heads and queries
   Plan plan;
   cudaStream_t stream;
+  int64_t max_seqlen_q, max_seqlen_k;
+  int64_t* cu_blocks;  // params has them too, and the first stage writes them
   Tensor memory;
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
        const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_size,
        int64_t slots, double softmax_scale, const Plan& plan)
-      : plan(plan), stream(current_stream(q)) {
+      : plan(plan),
+        stream(current_stream(q)),
+        max_seqlen_q(max_seqlen_q),
+        max_seqlen_k(max_seqlen_k) {
     set_tensors(params, q, k, v, block_size, softmax_scale, {0, k.size(1), 0, q.size(0)});
     check_offsets(cu_seqlens_q, "cu_seqlens_q", q, "q");
     check_offsets(cu_seqlens_k, "cu_seqlens_k", q, "q");
@@ -79,11 +84,13 @@ struct Call {
     problem.slots = slots;
     problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
     problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
-    int64_t* cu_blocks;
     memory = Arrays::allocate(
         q, [&](Arrays& arrays) { cu_blocks = arrays.take<int64_t>(problem.batch + 1); });
-    STD_CUDA_CHECK(metadata(problem, max_seqlen_q, max_seqlen_k, cu_blocks, stream));
     problem.cu_blocks = cu_blocks;
+  }
+
+  void find_blocks() const {
+    STD_CUDA_CHECK(metadata(problem(), max_seqlen_q, max_seqlen_k, cu_blocks, stream));
   }
 
   const Problem& problem() const { return params.problem; }
@@ -301,7 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
       gate.scores = arrays.take<float>(problem.slots > 32 ? tokens_q * heads_q * problem.slots : 0);
     });
     if (problem.slots <= 32) gate.scores = nullptr;
-    STD_CUDA_CHECK(block_mean(problem, rows_of(k), kbar, call.stream));
+    STD_CUDA_CHECK(block_mean(problem, call.max_seqlen_q, call.max_seqlen_k, rows_of(k),
+                              call.cu_blocks, kbar, call.stream));
     Tensor ids = new_tensor(q, {tokens_q, heads_q, problem.slots}, ScalarType::Int);
     gate.problem = problem;
     gate.q = rows_of(gate_q);
@@ -311,6 +319,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     return ids;
   };
 
+  if (problem.slots == 0) call.find_blocks();
   const Tensor ids =
       problem.slots > 0 ? select_blocks() : new_tensor(q, {tokens_q, heads_q, 0}, ScalarType::Int);
   const Tensor out = new_tensor(q, {tokens_q, heads_q, problem.head_dim}, q.scalar_type());
@@ -350,6 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   check_packed(block_ids, "block_ids", ScalarType::Int, q.size(0) * q.size(1), slots, q);
   const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
                   slots, softmax_scale, {segment_rows, heads_per_group, queries_per_group});
+  call.find_blocks();
   const Problem& problem = call.problem();
   const int64_t tokens_q = problem.tokens_q, tokens_k = problem.tokens_k, dim = problem.head_dim;
   const bool halves = block_size > kKeyTile;
