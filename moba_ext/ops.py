@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -259,12 +260,9 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-# register_autograd would do the same, but looks through the schema at every call, argument by
-# argument, to fill in defaults: 0.09 of the 0.16 ms that the host needs for a small call.
-def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+def _with_derivative(attend: Callable, tensors: tuple[Tensor, ...], sizes: tuple):
     with torch._C._AutoDispatchBelowAutograd():
-        results = torch.ops.moba.attention.default(*tensors, *sizes)
+        results = attend(*tensors, *sizes)
     # Only now, as a Function takes 0.03 ms: the device has work meanwhile. Without gradients it has
     # nothing to do, but to say that it has no jvp.
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
@@ -272,18 +270,36 @@ def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Ten
     return results
 
 
+# register_autograd would do the same, but looks through the schema at every call, argument by
+# argument, to fill in defaults: 0.09 of the 0.16 ms that the host needs for a small call.
+def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+    return _with_derivative(torch.ops.moba.attention.default, tensors, sizes)
+
+
 _library.impl("attention", _attention, "Autograd")
 
 
-def attention(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.moba.attention`` -> out, lse, block_ids.
 
-    Calls in Python what the dispatcher would come back to Python for: 0.02 to 0.04 ms of a call
-    that the device waits for. A compiler and functorch have to see the op itself.
+    On CUDA tensors not by way of the dispatcher, which comes back to Python twice, 0.02 ms of a
+    call that the device waits for, unless someone has to see the op itself.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return torch.ops.moba.attention.default(*arguments)
-    return _attention(*arguments)
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+    if _is_seen() or not q.is_cuda or not type(q) is type(k) is type(v) is Tensor:
+        return torch.ops.moba.attention.default(*tensors, *sizes)
+    return _with_derivative(_attention_cuda, tensors, sizes)
+
+
+def _is_seen() -> bool:
+    """Whether a compiler, functorch, a dispatch mode or a profiler looks at ops."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _without_derivative(name: str, reason: str) -> None:

@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from numerics import Case, assert_within_budget, check_selection, run_masked, self_attention
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_ext
 from moba_ext import ops, reference
@@ -64,6 +66,51 @@ def test_what_flash_attention_lacks_runs_on_the_reference(case, dtype, head_dim,
         RuntimeError, match="on CUDA tensors the op runs 'flash' and 'sm90' only: q has"
     ):
         torch.ops.moba.attention(*inputs, *lengths, *sizes.values())
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_public_function_goes_around_the_dispatcher_where_nobody_looks(flash_attention):
+    inputs = [x.cuda().requires_grad_() for x in CASES[0].tensors(torch.bfloat16)]
+    args = *(x.cuda() for x in CASES[0].cu_seqlens()), 300, 300
+
+    def attend():
+        out = moba_ext.moba_attention_varlen(*inputs, *args, block_size=32, topk=3)
+        return out, *torch.autograd.grad(out.sum(), inputs)
+
+    def of_the_op():
+        out, *_ = torch.ops.moba.attention(*inputs, *args, 32, 3)
+        return out, *torch.autograd.grad(out.sum(), inputs)
+
+    wanted = of_the_op()
+    assert all(torch.equal(x, y) for x, y in zip(attend(), wanted))
+    with Seen() as seen:
+        assert all(torch.equal(x, y) for x, y in zip(attend(), wanted))
+    assert seen.names.count("moba.attention.default") == 1
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        attend()
+    assert "moba::attention" in {event.name for event in prof.events()}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functorch_sees_the_op(flash_attention):
+    inputs = [torch.randn(3, 1, 100, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def attend(q, k, v):
+        return moba_ext.moba_attention(q, k, v, block_size=16, topk=2)
+
+    wanted = torch.stack([attend(*x) for x in zip(*inputs)])
+    assert torch.equal(torch.func.vmap(attend)(*inputs), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
