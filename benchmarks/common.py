@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -121,11 +122,35 @@ def medians(
     times: list[dict] = []
     begin, took = time.perf_counter(), 0.0
     while took < least or (len(times) < runs and (len(times) < 3 or took < seconds)):
-        spans = once()
-        torch.cuda.synchronize()
-        times.append({name: first.elapsed_time(last) for name, (first, last) in spans.items()})
+        times.append(_milliseconds(once))
         took = time.perf_counter() - begin
-    return {name: statistics.median(run[name] for run in times) for name in times[0]}, len(times)
+    return _median_of_each(times), len(times)
+
+
+def in_turns(onces: dict[str, Callable], least: float = 0.3) -> dict[str, tuple[dict, int]]:
+    """The same by name, of what is warm: one run each in an order that is drawn anew every time,
+    for ``least`` seconds each.
+
+    Short runs can only be compared so: the host's part differs by half from second to second.
+    """
+    order, draw = list(onces), random.Random(0)
+    times: dict[str, list[dict]] = {name: [] for name in onces}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < least * len(onces):
+        draw.shuffle(order)
+        for name in order:
+            times[name].append(_milliseconds(onces[name]))
+    return {name: (_median_of_each(runs), len(runs)) for name, runs in times.items()}
+
+
+def _milliseconds(once: Callable) -> dict[str, float]:
+    spans = once()
+    torch.cuda.synchronize()
+    return {name: first.elapsed_time(last) for name, (first, last) in spans.items()}
+
+
+def _median_of_each(times: list[dict]) -> dict[str, float]:
+    return {name: statistics.median(run[name] for run in times) for name in times[0]}
 
 
 def queued(call: Callable, runs: int = 20) -> float:

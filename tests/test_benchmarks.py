@@ -1,8 +1,10 @@
 """The GPU benchmark, as far as it goes without a GPU: inputs, tables, --check, a run of it."""
 
 import argparse
+import functools
 import json
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -308,3 +310,21 @@ def test_runs_are_fewer_when_long_and_more_when_short(no_gpu):
     assert common.medians(once, 10, 0.01, least=0)[1] == 3
     assert common.medians(once, 1, 0.01, least=0)[1] == 1
     assert common.medians(lambda: {"all": common.span(lambda: None)[0]}, 1, least=0.1)[1] > 1
+
+
+def test_turns_are_as_many_for_each(no_gpu, monkeypatch):
+    called = []
+    monkeypatch.setattr(Event, "elapsed_time", lambda *_: float(len(called)))
+
+    def once(name):
+        called.append(name)
+        time.sleep(0.001)
+        return {"all": common.span(lambda: None)[0]}
+
+    found = common.in_turns({name: functools.partial(once, name) for name in "ab"}, least=0.02)
+    runs = {count for _, count in found.values()}
+    assert runs == {len(called) // 2} and 3 < len(called) // 2 <= 20
+    rounds = {tuple(called[i : i + 2]) for i in range(0, len(called), 2)}
+    assert rounds == {("a", "b"), ("b", "a")}
+    of_a = [i + 1.0 for i, name in enumerate(called) if name == "a"]
+    assert found["a"][0] == {"all": statistics.median(of_a)}
