@@ -293,11 +293,12 @@ def attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Tens
 
 
 def _is_seen() -> bool:
-    """Whether a compiler, functorch, a dispatch mode or a profiler looks at ops."""
+    """Whether a compiler, functorch, a mode of torch's or a profiler looks at ops."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
     )
 

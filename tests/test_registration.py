@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import Case, run_op, self_attention
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import moba_ext
 from moba_ext import ops
@@ -129,17 +130,27 @@ def test_without_gradients():
             assert all(torch.equal(x, y) and not x.requires_grad for x, y in zip(got, wanted))
 
 
-def attend_mean(q, k, v):
-    return moba_ext.moba_attention(q, k, v, block_size=16, topk=2).mean(1)
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: FlopCounterMode(display=False),
+        lambda: torch.device("cpu"),  # a mode that functions are called in
+        lambda: profile(activities=[ProfilerActivity.CPU]),
+    ],
+)
+def test_who_looks_at_ops_is_known(look):
+    assert not ops._is_seen()
+    with look():
+        assert ops._is_seen()
+    assert not ops._is_seen()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_functorch_sees_the_op():
-    inputs = [torch.randn(3, 1, 50, 2, 16) for _ in range(3)]
-    wanted = torch.stack([attend_mean(*x) for x in zip(*inputs)])
-    assert torch.equal(torch.func.vmap(attend_mean)(*inputs), wanted)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda *x: attend_mean(*x).sum())(*(x[0] for x in inputs))
+def test_transforms_and_compilers_look_at_ops():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(ops._is_seen()) or x)(torch.zeros(2))
+    assert seen == [True]
+    compiled = torch.compile(lambda x: x + int(ops._is_seen()), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
