@@ -128,10 +128,12 @@ def medians(
 
 
 def in_turns(onces: dict[str, Callable], least: float = 0.3) -> dict[str, tuple[dict, int]]:
-    """The same by name, of what is warm: one run each in an order that is drawn anew every time,
-    for ``least`` seconds each.
+    """The same by name, of what is warm: five runs each and one before them that does not count, in
+    an order that is drawn anew every time, for ``least`` seconds each.
 
-    Short runs can only be compared so: the host's part differs by half from second to second.
+    Short runs can only be compared in turns: the host's part differs by half from second to second.
+    Several runs make a turn, as code that the other one has driven out of the processor's caches
+    comes back with the first; dense attention has less of it to lose.
     """
     order, draw = list(onces), random.Random(0)
     times: dict[str, list[dict]] = {name: [] for name in onces}
@@ -139,7 +141,8 @@ def in_turns(onces: dict[str, Callable], least: float = 0.3) -> dict[str, tuple[
     while time.perf_counter() - begin < least * len(onces):
         draw.shuffle(order)
         for name in order:
-            times[name].append(_milliseconds(onces[name]))
+            _, *turn = (_milliseconds(onces[name]) for _ in range(6))
+            times[name] += turn
     return {name: (_median_of_each(runs), len(runs)) for name, runs in times.items()}
 
 

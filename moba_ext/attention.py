@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import flash, ops, reference, sm90
 
 __all__ = [
     "BlockSelection",
@@ -23,6 +23,7 @@ __all__ = [
     "select_blocks",
 ]
 
+_DEBUG = os.environ.get("MOBA_DEBUG") == "1"
 _REFERENCE_DTYPES = (*ops.COMPILED_DTYPES, torch.float64)
 
 
@@ -159,48 +160,67 @@ def _check_max_seqlen(name: str, max_seqlen: object, longest: int | None) -> Non
 class _Checked(NamedTuple):
     """What came of a call's checks."""
 
-    block_size: int
-    topk: int
-    softmax_scale: float | None
-    backend: str  # never auto
+    sizes: tuple  # what the op takes after its tensors; the backend is never auto
+    prepared: tuple | None  # by sm90.prepare
 
 
-# By the signatures of calls: the checks take 15 us, and as much again where the caller's work has
-# driven them out of the processor's caches.
+# By the signatures of calls: checks and plans take 30 us, and as much again where the caller's work
+# has driven them out of the processor's caches.
 _checked: dict[tuple, _Checked] = {}
 
 
-def _check_arguments(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) -> _Checked:
+def _check_call(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) -> _Checked:
     """Of a packed call, q, k, v, cu_seqlens_q, cu_seqlens_k and max_seqlen_q, max_seqlen_k,
     block_size, topk, softmax_scale."""
+    signature = _signature(tensors, numbers, backend)
+    try:
+        checked = None if signature is None else _checked.get(signature)
+    except TypeError:  # something that can't be hashed
+        checked = signature = None
+    if checked is None:
+        checked = _check_arguments(tensors, numbers, backend, signature is not None)
+        if signature is not None:
+            if len(_checked) >= 1024:
+                _checked.clear()
+            _checked[signature] = checked
+    return checked
+
+
+def _signature(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) -> tuple | None:
+    """All that is checked of such arguments on CUDA, and what prepare asks for; None where values
+    are to be read, or tensors are of another kind."""
+    q, k, v, cu_q, cu_k = tensors
+    if (
+        not type(q) is type(k) is type(v) is type(cu_q) is type(cu_k) is Tensor
+        or not q.is_cuda
+        or _DEBUG
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    types = *map(type, numbers), type(backend)  # True is an int, and equals 1
+    return (
+        numbers, backend, types, flash.WORKSPACE_BYTES,
+        q.shape, k.shape, v.shape, cu_q.shape, cu_k.shape, q.stride(), k.stride(), v.stride(),
+        q.dtype, k.dtype, v.dtype, cu_q.dtype, cu_k.dtype,
+        q.get_device(), k.get_device(), v.get_device(), cu_q.get_device(), cu_k.get_device(),
+    )  # fmt: skip
+
+
+def _check_arguments(
+    tensors: tuple[Tensor, ...], numbers: tuple, backend: str, prepare: bool
+) -> _Checked:
     q, k, v, cu_seqlens_q, cu_seqlens_k = tensors
     max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale = numbers
-    signature = _signature(tensors, numbers, backend)
-    if signature is not None and signature in _checked:
-        return _checked[signature]
     _check_rows(("q", "k", "v"), (q, k, v), "[tokens, heads, head_dim]")
     longest_q, longest_k = _check_cu_seqlens_pair(q, k, cu_seqlens_q, cu_seqlens_k)
     _check_max_seqlen("max_seqlen_q", max_seqlen_q, longest_q)
     _check_max_seqlen("max_seqlen_k", max_seqlen_k, longest_k)
     block_size, topk = _check_positive("block_size", block_size), _check_positive("topk", topk)
     softmax_scale = _check_scale(softmax_scale)
-    checked = _Checked(block_size, topk, softmax_scale, _pick_backend(backend, q))
-    if signature is not None:
-        if len(_checked) >= 1024:
-            _checked.clear()
-        _checked[signature] = checked
-    return checked
-
-
-def _signature(tensors: tuple[Tensor, ...], numbers: tuple, backend: str) -> tuple | None:
-    """All that is checked of such arguments; None if there is more, as values are to be read, or
-    they may be of a wrong type."""
-    if torch.compiler.is_compiling() or set(map(type, tensors)) != {Tensor}:
-        return None
-    types = type(backend), *map(type, numbers)  # True is an int, and equals 1
-    if not set(types) <= {str, int, float, type(None)} or _values_visible(tensors[0]):
-        return None
-    return backend, numbers, types, *[(x.shape, x.dtype, x.device) for x in tensors]
+    sizes = max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale
+    name = _pick_backend(backend, q)
+    prepared = sm90.prepare(*tensors, *sizes) if prepare and name == "sm90" else None
+    return _Checked((*sizes, name), prepared)
 
 
 def _values_visible(tensor: Tensor) -> bool:
@@ -208,7 +228,7 @@ def _values_visible(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     device = tensor.device.type
-    if device != "cpu" and (device == "meta" or os.environ.get("MOBA_DEBUG") != "1"):
+    if device != "cpu" and (device == "meta" or not _DEBUG):
         return False
     return not isinstance(tensor, torch._subclasses.FakeTensor)
 
@@ -226,7 +246,7 @@ def _warn_once(message: str, stacklevel: int) -> None:
 def _pick_backend(backend: str, q: Tensor) -> str:
     name, reason = ops.resolve_backend(backend, q.device.type, q.dtype, q.shape[-1])
     if backend == "auto" and name == "reference":
-        _warn_of_reference(reason, stacklevel=6)
+        _warn_of_reference(reason, stacklevel=7)
     return name
 
 
@@ -286,22 +306,20 @@ def moba_attention_varlen(
         TypeError, ValueError: an argument is of the wrong type or value; the message names it.
             Inside ``torch.compile`` the values of cu_seqlens are checked by the op, which raises
             RuntimeError. On CUDA they are not read, which would wait for the device, unless the
-            environment has MOBA_DEBUG=1.
+            environment has MOBA_DEBUG=1 when moba_ext is imported.
 
     Source: arXiv 2502.13189, section 2.2.
     """
     numbers = max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale
-    block_size, topk, softmax_scale, name = _check_arguments(
-        (q, k, v, cu_seqlens_q, cu_seqlens_k), numbers, backend
-    )
-    if name == "reference":
-        out, lse, _ = reference.moba_attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, block_size, topk, softmax_scale
-        )
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+    sizes, prepared = _check_call(tensors, numbers, backend)
+    if sizes[-1] == "reference":
+        out, lse, _ = reference.moba_attention_varlen(*tensors, *sizes[1:-1])
     else:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        sizes = max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale
-        out, lse, _ = ops.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes, name)
+        if prepared is None:
+            q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+            tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+        out, lse, _ = ops.attention(tensors, sizes, prepared)
     return (out, lse) if return_lse else out
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -256,13 +255,13 @@ class _Attention(torch.autograd.Function):
         # What says that attention_backward has no derivative takes 0.01 ms.
         again = torch.is_grad_enabled()
         with contextlib.nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
-            grads = torch.ops.moba.attention_backward.default(dout, dlse, *saved, *ctx.sizes)
+            around = not again and dout.is_cuda and not _is_seen() and type(dout) is Tensor
+            op = _attention_backward_cuda if around else torch.ops.moba.attention_backward.default
+            grads = op(dout, dlse, *saved, *ctx.sizes)
         return *grads, None, None, None, None
 
 
-def _with_derivative(attend: Callable, tensors: tuple[Tensor, ...], sizes: tuple):
-    with torch._C._AutoDispatchBelowAutograd():
-        results = attend(*tensors, *sizes)
+def _with_derivative(results: tuple, tensors: tuple[Tensor, ...], sizes: tuple):
     # Only now, as a Function takes 0.03 ms: the device has work meanwhile. Without gradients it has
     # nothing to do, but to say that it has no jvp.
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
@@ -274,22 +273,32 @@ def _with_derivative(attend: Callable, tensors: tuple[Tensor, ...], sizes: tuple
 # argument, to fill in defaults: 0.09 of the 0.16 ms that the host needs for a small call.
 def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Tensor, Tensor]:
     tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
-    return _with_derivative(torch.ops.moba.attention.default, tensors, sizes)
+    with torch._C._AutoDispatchBelowAutograd():
+        results = torch.ops.moba.attention.default(*tensors, *sizes)
+    return _with_derivative(results, tensors, sizes)
 
 
 _library.impl("attention", _attention, "Autograd")
 
 
-def attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.ops.moba.attention`` -> out, lse, block_ids.
+def attention(
+    tensors: tuple[Tensor, ...], sizes: tuple, prepared: tuple | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.moba.attention(*tensors, *sizes)`` -> out, lse, block_ids.
 
     On CUDA tensors not by way of the dispatcher, which comes back to Python twice, 0.02 ms of a
-    call that the device waits for, unless someone has to see the op itself.
+    call that the device waits for, unless someone has to see the op itself. With what
+    ``sm90.prepare`` has made of such a call before, its kernels are next.
     """
-    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k
+    q, k, v, *_ = tensors
     if _is_seen() or not q.is_cuda or not type(q) is type(k) is type(v) is Tensor:
         return torch.ops.moba.attention.default(*tensors, *sizes)
-    return _with_derivative(_attention_cuda, tensors, sizes)
+    with torch._C._AutoDispatchBelowAutograd():
+        if prepared is not None and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
+            results = sm90.forward_prepared(*tensors, prepared)
+        else:
+            results = _attention_cuda(*tensors, *sizes)
+    return _with_derivative(results, tensors, sizes)
 
 
 def _is_seen() -> bool:

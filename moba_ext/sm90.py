@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _C, flash, groups, varlen
 
+_stages = torch.ops.moba
 # Offsets are int32, so no sequence is longer, whatever bound the caller gave.
 _LONGEST = 2**31 - 1
 # Parts of a phase, whose rows are merged while the next one is attended: with fewer, thread blocks
@@ -110,19 +111,53 @@ def forward(
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``moba::attention`` on CUDA tensors of a Hopper -> out, lse, block_ids."""
-    sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    sizes = max_seqlen_q, max_seqlen_k, block_size, topk
     plan = flash.plan_of(
         make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False
     )
     if plan.dense or q.shape[0] == 0:
-        return flash.forward(q, k, v, *sequences, block_size, topk, softmax_scale)
+        return flash.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes, softmax_scale)
     q, k, v = varlen.aligned(q), varlen.aligned(k), varlen.aligned(v)
     attended_q, scale, _ = flash.positive_scale(q, softmax_scale)
-    return torch.ops.moba.sm90_forward.default(
-        *(q, attended_q, k, v, cu_seqlens_q, cu_seqlens_k),
-        *(min(max_seqlen_q, _LONGEST), min(max_seqlen_k, _LONGEST), block_size, topk, scale),
+    numbers = _forward_numbers(plan, *sizes, scale)
+    return _stages.sm90_forward.default(q, attended_q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers)
+
+
+def _forward_numbers(plan: groups.Plan, max_q: int, max_k: int, *sizes) -> tuple:
+    """What ``moba::sm90_forward`` takes after its tensors."""
+    return (
+        *(min(max_q, _LONGEST), min(max_k, _LONGEST), *sizes),
         *(plan.segment_rows, plan.heads_per_group, plan.queries_per_group, plan.merging),
     )
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    topk: int,
+    softmax_scale: float | None,
+) -> tuple | None:
+    """What makes :func:`forward_prepared` the same as :func:`forward` for all tensors of these
+    sizes and strides that begin at multiples of 16 bytes; None if nothing does."""
+    plan = flash.plan_of(
+        make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False
+    )
+    positive = softmax_scale is None or softmax_scale > 0
+    rows = positive and all(map(varlen.has_aligned_rows, (q, k, v)))
+    if plan.dense or q.shape[0] == 0 or not rows:
+        return None
+    scale = flash.positive_scale(q, softmax_scale)[1]
+    return _forward_numbers(plan, max_seqlen_q, max_seqlen_k, block_size, topk, scale)
+
+
+def forward_prepared(q, k, v, cu_seqlens_q, cu_seqlens_k, prepared: tuple):
+    return _stages.sm90_forward.default(q, q, k, v, cu_seqlens_q, cu_seqlens_k, *prepared)
 
 
 def backward(
@@ -152,7 +187,7 @@ def backward(
         return flash.backward(dout, dlse, *saved, *sequences, block_size, topk, softmax_scale)
     q, k, v, out, dout = (varlen.aligned(x) for x in (q, k, v, out, dout))
     q, scale, sign = flash.positive_scale(q, softmax_scale)
-    dq, dk, dv = torch.ops.moba.sm90_backward.default(
+    dq, dk, dv = _stages.sm90_backward.default(
         *(dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse, block_ids),
         *(cu_seqlens_q, cu_seqlens_k, min(max_seqlen_q, _LONGEST), min(max_seqlen_k, _LONGEST)),
         *(block_size, scale, plan.segment_rows, plan.heads_per_group, plan.queries_per_group),
@@ -175,7 +210,7 @@ def planned_sizes(**sizes: int) -> dict:
     block_size, group = call.block_size, heads_q // heads_k
     num_blocks = call.tokens_k // block_size + call.batch
     slots = call.topk - 1  # of any sequence that is longer than topk blocks
-    of_call = _arrays(8 * (call.batch + 1))
+    of_call = 8 * (call.batch + 1)
     row, several_tiles = 2 * head_dim, block_size > groups.KEY_TILE
     held = []
     for plan, backward in zip(plans, (False, True)):
@@ -201,13 +236,13 @@ def planned_sizes(**sizes: int) -> dict:
             own = _arrays(own_rows * dq, *[sums] * 2)
             turns = entries // 64 + segments + own_rows // 64 + lists + 2 if several_tiles else 0
             routed += [entries * dq, 4 * (1 + turns), *[segments * block_size * row] * 2]
-            held.append(of_call + stats + own + _arrays(*routed))
+            held.append(_arrays(of_call) + stats + own + _arrays(*routed))
         else:
+            kbar = num_blocks * heads_k * row if slots else 0
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
-            gate = _arrays(num_blocks * heads_k * row, scores) if slots else 0
             counters = 2 * phases + 1 if plan.merging else 1 + heads if several_tiles else 1
             routed += [rows * row, 4 * rows, 4 * counters]
-            held.append(of_call + max(gate, _arrays(*routed)))
+            held.append(_arrays(of_call, kbar) + max(scores, _arrays(*routed)))
     forward = plans[0]
     queries = tokens_q if forward.merging else forward.queries_per_group
     return {

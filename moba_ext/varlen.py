@@ -361,7 +361,12 @@ def _rest_of_lse_grad(dlse: Tensor, like: Tensor) -> LseGrad:
 
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy: FlashAttention and our kernels load 16 bytes at a time from every row."""
-    token_stride, head_stride, step = x.stride()
-    if step == 1 and token_stride % 8 == head_stride % 8 == 0 and x.data_ptr() % 16 == 0:
+    if has_aligned_rows(x) and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def has_aligned_rows(x: Tensor) -> bool:
+    """Whether all rows are aligned as the first one is."""
+    token_stride, head_stride, step = x.stride()
+    return step == 1 and token_stride % 8 == head_stride % 8 == 0

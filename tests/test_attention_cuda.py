@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import moba_ext
-from moba_ext import ops, reference
+from moba_ext import ops, reference, sm90
 
 pytestmark = pytest.mark.gpu
 
@@ -71,8 +71,16 @@ def test_what_flash_attention_lacks_runs_on_the_reference(case, dtype, head_dim,
 def test_public_function_goes_around_the_dispatcher_where_nobody_looks(
     flash_attention, monkeypatch
 ):
-    around, calls = ops._attention_cuda, []  # of the dispatcher: it has the function itself
-    monkeypatch.setattr(ops, "_attention_cuda", lambda *args: calls.append(args) or around(*args))
+    calls = []
+
+    def count(module, name):
+        function = getattr(module, name)  # which the dispatcher has itself
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or function(*args))
+
+    count(ops, "_attention_cuda")
+    count(ops, "_attention_backward_cuda")
+    count(sm90, "forward_prepared")
+    forward = "_attention_cuda" if ops.backend_status()["sm90"] else "forward_prepared"
     inputs = [x.cuda().requires_grad_() for x in CASES[0].tensors(torch.bfloat16)]
     args = *(x.cuda() for x in CASES[0].cu_seqlens()), 300, 300
 
@@ -85,16 +93,50 @@ def test_public_function_goes_around_the_dispatcher_where_nobody_looks(
         return out, *torch.autograd.grad(out.sum(), inputs)
 
     wanted = of_the_op()
-    assert not calls
-    assert all(torch.equal(x, y) for x, y in zip(attend(), wanted))
-    assert len(calls) == 1
+    assert calls == ["_attention_backward_cuda"]
+    for _ in range(2):  # checked and prepared, and known
+        calls.clear()
+        assert all(torch.equal(x, y) for x, y in zip(attend(), wanted))
+        assert calls == [forward, "_attention_backward_cuda"]
+    calls.clear()
     for mode in (FlopCounterMode(display=False), torch.device("cuda")):
         with mode:
             assert all(torch.equal(x, y) for x, y in zip(attend(), wanted))
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         attend()
-    assert "moba::attention" in {event.name for event in prof.events()}
-    assert len(calls) == 1
+    assert {"moba::attention", "moba::attention_backward"} <= {e.name for e in prof.events()}
+    assert not calls
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0, -0.3])
+def test_a_call_like_one_before_in_other_memory(scale, flash_attention):
+    """What is remembered of a call holds for tensors that are aligned in another way, too."""
+    case = self_attention([300, 100], 4, 2, 64, 32, 3)
+    lengths = *(x.cuda() for x in case.cu_seqlens()), 300, 300
+    sizes = {"block_size": 32, "topk": 3, "softmax_scale": scale}
+    inputs = [x.cuda() for x in case.tensors(torch.bfloat16)]
+    wanted = moba_ext.moba_attention_varlen(*inputs, *lengths, **sizes)
+    for place in range(3):
+        moved = list(inputs)
+        memory = torch.empty(moved[place].numel() + 1, device="cuda", dtype=torch.bfloat16)
+        moved[place] = memory[1:].view(moved[place].shape).copy_(moved[place])
+        assert moved[place].data_ptr() % 16 and moved[place].is_contiguous()
+        assert torch.equal(moba_ext.moba_attention_varlen(*moved, *lengths, **sizes), wanted)
+
+
+def test_values_of_cu_seqlens_are_read_for_debugging(monkeypatch):
+    q = torch.randn(100, 2, 64, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 60, 50, 100], dtype=torch.int32, device="cuda")
+
+    def attend():
+        return moba_ext.moba_attention_varlen(
+            *(q, q, q, cu_seqlens, cu_seqlens, 60, 60), block_size=16, topk=2
+        )
+
+    assert attend().isnan().all()
+    monkeypatch.setattr(moba_ext.attention, "_DEBUG", True)
+    with pytest.raises(ValueError, match="cu_seqlens_q decreases at index 2"):
+        attend()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

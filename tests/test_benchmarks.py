@@ -321,10 +321,11 @@ def test_turns_are_as_many_for_each(no_gpu, monkeypatch):
         time.sleep(0.001)
         return {"all": common.span(lambda: None)[0]}
 
-    found = common.in_turns({name: functools.partial(once, name) for name in "ab"}, least=0.02)
-    runs = {count for _, count in found.values()}
-    assert runs == {len(called) // 2} and 3 < len(called) // 2 <= 20
-    rounds = {tuple(called[i : i + 2]) for i in range(0, len(called), 2)}
+    found = common.in_turns({name: functools.partial(once, name) for name in "ab"}, least=0.06)
+    turns = [called[i : i + 6] for i in range(0, len(called), 6)]
+    assert all(turn == turn[:1] * 6 for turn in turns)
+    rounds = {(first[0], second[0]) for first, second in zip(turns[::2], turns[1::2])}
     assert rounds == {("a", "b"), ("b", "a")}
-    of_a = [i + 1.0 for i, name in enumerate(called) if name == "a"]
+    assert {count for _, count in found.values()} == {len(turns) // 2 * 5}
+    of_a = [i + 1.0 for i, name in enumerate(called) if name == "a" and i % 6]
     assert found["a"][0] == {"all": statistics.median(of_a)}

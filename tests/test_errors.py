@@ -305,19 +305,24 @@ def test_vmap_loops_over_the_batch():
     assert torch.equal(torch.func.vmap(attention)(q), torch.stack([attention(x) for x in q]))
 
 
-def test_a_call_like_one_before_is_checked_too():
-    """Where the values of cu_seqlens are not read, arguments that have been checked are known."""
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_call_like_one_before_is_checked_too(device):
+    """On CUDA arguments that have been checked are known, as no values are read."""
+
+    def to_device(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.to(device, torch.bfloat16 if x.is_floating_point() else x.dtype)
 
     def call(**changes):
-        good = arguments(topk=1, softmax_scale=1.0)
-        good = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in good.items()}
+        good = {name: to_device(x) for name, x in arguments(topk=1, softmax_scale=1.0).items()}
         return moba_ext.moba_attention_varlen(**{**good, **changes})
 
     known = moba_ext.attention._checked
     known.clear()
     for _ in range(2):
         assert call().shape == (40, 4, 16)
-    assert len(known) == 1
+    assert len(known) == (device == "cuda")
     for changes, error, message in [
         ({"topk": True}, TypeError, "topk is True"),
         ({"block_size": 8.0}, TypeError, "block_size is 8.0"),
@@ -327,11 +332,12 @@ def test_a_call_like_one_before_is_checked_too():
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu', must be 'auto' or one of"),
         ({"backend": ["auto"]}, ValueError, "backend is ['auto'], must be 'auto' or one of"),
-        ({"k": torch.randn(50, 3, 16).to("meta")}, ValueError, "v has shape (50, 2, 16)"),
-        ({"v": torch.randn(50, 2, 16)}, ValueError, "v is on cpu"),
-        ({"cu_seqlens_q": offsets(0, 40).to("meta")}, ValueError, "cu_seqlens_k has 3 entries"),
+        ({"k": to_device(torch.randn(50, 3, 16))}, ValueError, "v has shape (50, 2, 16)"),
+        ({"v": torch.randn(50, 2, 16, dtype=torch.bfloat16)}, ValueError, "v is on cpu"),
+        ({"v": to_device(torch.randn(50, 2, 16)).half()}, TypeError, "v has dtype torch.float16"),
+        ({"cu_seqlens_q": to_device(offsets(0, 40))}, ValueError, "cu_seqlens_k has 3 entries"),
         (
-            {"cu_seqlens_k": offsets(0, 20, 50, dtype=torch.int64).to("meta")},
+            {"cu_seqlens_k": to_device(offsets(0, 20, 50, dtype=torch.int64))},
             TypeError,
             "cu_seqlens_k has dtype torch.int64",
         ),
@@ -339,7 +345,7 @@ def test_a_call_like_one_before_is_checked_too():
         for _ in range(2):
             with pytest.raises(error, match=re.escape(message)):
                 call(**changes)
-    assert len(known) == 1
+    assert len(known) == (device == "cuda")
     for topk in range(2, 1030):
         call(topk=topk)
     assert len(known) <= 1024

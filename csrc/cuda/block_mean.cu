@@ -113,12 +113,12 @@ void launch(const Problem& problem, int64_t max_seqlen_q, int64_t max_seqlen_k, 
 
 cudaError_t block_mean(Problem problem, int64_t max_seqlen_q, int64_t max_seqlen_k, const Rows& k,
                        int64_t* cu_blocks, void* kbar, cudaStream_t stream) {
-  const int64_t items = problem.num_blocks * problem.heads_k * problem.head_dim;
-  const bool own = problem.batch <= kMostOwn && items > 0 && items <= kMostElements;
+  const int64_t elements = problem.num_blocks * problem.heads_k * problem.head_dim;
+  const bool own = problem.batch <= kMostOwn && elements > 0 && elements <= kMostElements;
   problem.cu_blocks = cu_blocks;
   if (!own) {
     const cudaError_t error = metadata(problem, max_seqlen_q, max_seqlen_k, cu_blocks, stream);
-    if (items == 0 || error != cudaSuccess) return error;
+    if (elements == 0 || error != cudaSuccess) return error;
   }
   const auto launch_of = [&](auto type) {
     using T = decltype(type);

@@ -60,11 +60,12 @@ struct Call {
   cudaStream_t stream;
   int64_t max_seqlen_q, max_seqlen_k;
   int64_t* cu_blocks;  // params has them too, and the first stage writes them
+  uint16_t* kbar;      // of a forward
   Tensor memory;
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
        const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_size,
-       int64_t slots, double softmax_scale, const Plan& plan)
+       int64_t slots, double softmax_scale, const Plan& plan, bool forward)
       : plan(plan),
         stream(current_stream(q)),
         max_seqlen_q(max_seqlen_q),
@@ -84,8 +85,12 @@ struct Call {
     problem.slots = slots;
     problem.cu_seqlens_q = data_of<int32_t>(cu_seqlens_q);
     problem.cu_seqlens_k = data_of<int32_t>(cu_seqlens_k);
-    memory = Arrays::allocate(
-        q, [&](Arrays& arrays) { cu_blocks = arrays.take<int64_t>(problem.batch + 1); });
+    const bool gates = forward && slots > 0;
+    memory = Arrays::allocate(q, [&](Arrays& arrays) {
+      cu_blocks = arrays.take<int64_t>(problem.batch + 1);
+      kbar = arrays.take<uint16_t>(gates ? problem.num_blocks * problem.heads_k * problem.head_dim
+                                         : 0);
+    });
     problem.cu_blocks = cu_blocks;
   }
 
@@ -295,25 +300,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
   check_shape(gate_q, "gate_q", q, q.size(0), q.size(1), q.size(2));
   const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
                   num_slots(max_seqlen_k, block_size, topk), softmax_scale,
-                  {segment_rows, heads_per_group, queries_per_group});
+                  {segment_rows, heads_per_group, queries_per_group}, /*forward=*/true);
   const Problem& problem = call.problem();
   const int64_t tokens_q = problem.tokens_q, heads_q = problem.heads_q;
   // The host allocates what a kernel needs just before it: a short call's device waits for the
   // first ones.
   const auto select_blocks = [&] {
-    GateTopkParams gate{};
-    uint16_t* kbar;
-    const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
-      kbar = arrays.take<uint16_t>(problem.num_blocks * problem.heads_k * problem.head_dim);
-      gate.scores = arrays.take<float>(problem.slots > 32 ? tokens_q * heads_q * problem.slots : 0);
-    });
-    if (problem.slots <= 32) gate.scores = nullptr;
     STD_CUDA_CHECK(block_mean(problem, call.max_seqlen_q, call.max_seqlen_k, rows_of(k),
-                              call.cu_blocks, kbar, call.stream));
+                              call.cu_blocks, call.kbar, call.stream));
     Tensor ids = new_tensor(q, {tokens_q, heads_q, problem.slots}, ScalarType::Int);
+    GateTopkParams gate{};
+    std::optional<Tensor> scores;
+    if (problem.slots > 32) {
+      scores = new_tensor(q, {tokens_q, heads_q, problem.slots}, ScalarType::Float);
+      gate.scores = mutable_data_of<float>(*scores);
+    }
     gate.problem = problem;
     gate.q = rows_of(gate_q);
-    gate.kbar = kbar;
+    gate.kbar = call.kbar;
     gate.ids = mutable_data_of<int32_t>(ids);
     STD_CUDA_CHECK(gate_topk(gate, call.stream));
     return ids;
@@ -358,7 +362,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   const int64_t slots = block_ids.size(2);
   check_packed(block_ids, "block_ids", ScalarType::Int, q.size(0) * q.size(1), slots, q);
   const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
-                  slots, softmax_scale, {segment_rows, heads_per_group, queries_per_group});
+                  slots, softmax_scale, {segment_rows, heads_per_group, queries_per_group},
+                  /*forward=*/false);
   call.find_blocks();
   const Problem& problem = call.problem();
   const int64_t tokens_q = problem.tokens_q, tokens_k = problem.tokens_k, dim = problem.head_dim;
