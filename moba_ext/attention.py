@@ -348,11 +348,12 @@ def moba_attention(
         raise ValueError(f"k has batch size {k.shape[0]}, must be that of q, {batch}")
     if batch < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}, must have a batch of at least 1")
-    index = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    cu_seqlens_q = _offsets(batch, queries, q.device)
+    cu_seqlens_k = cu_seqlens_q if keys == queries else _offsets(batch, keys, q.device)
     result = moba_attention_varlen(
         *(x.flatten(0, 1) for x in (q, k, v)),
-        index * queries,
-        index * keys,
+        cu_seqlens_q,
+        cu_seqlens_k,
         queries,
         keys,
         block_size=block_size,
@@ -365,6 +366,13 @@ def moba_attention(
         return result.view(q.shape)
     out, lse = result
     return out.view(q.shape), lse.view(heads, batch, queries).transpose(0, 1)
+
+
+def _offsets(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of sequences of one length, in one launch."""
+    if length == 0:
+        return torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
 
 
 def select_blocks(

@@ -315,13 +315,15 @@ def test_a_call_like_one_before_is_checked_too(device):
         return x.to(device, torch.bfloat16 if x.is_floating_point() else x.dtype)
 
     def call(**changes):
-        good = {name: to_device(x) for name, x in arguments(topk=1, softmax_scale=1.0).items()}
+        good = {name: to_device(x) for name, x in known_call.items()}
         return moba_ext.moba_attention_varlen(**{**good, **changes})
 
+    q, k, v = (torch.randn(*shape, 64) for shape in ((40, 4), (50, 2), (50, 2)))
+    known_call = arguments(q=q, k=k, v=v, topk=1, softmax_scale=1.0)
     known = moba_ext.attention._checked
     known.clear()
     for _ in range(2):
-        assert call().shape == (40, 4, 16)
+        assert call().shape == (40, 4, 64)
     assert len(known) == (device == "cuda")
     for changes, error, message in [
         ({"topk": True}, TypeError, "topk is True"),
@@ -332,9 +334,9 @@ def test_a_call_like_one_before_is_checked_too(device):
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu', must be 'auto' or one of"),
         ({"backend": ["auto"]}, ValueError, "backend is ['auto'], must be 'auto' or one of"),
-        ({"k": to_device(torch.randn(50, 3, 16))}, ValueError, "v has shape (50, 2, 16)"),
-        ({"v": torch.randn(50, 2, 16, dtype=torch.bfloat16)}, ValueError, "v is on cpu"),
-        ({"v": to_device(torch.randn(50, 2, 16)).half()}, TypeError, "v has dtype torch.float16"),
+        ({"k": to_device(torch.randn(50, 3, 64))}, ValueError, "v has shape (50, 2, 64)"),
+        ({"v": v.to(torch.bfloat16)}, ValueError, "v is on cpu"),
+        ({"v": to_device(v).half()}, TypeError, "v has dtype torch.float16"),
         ({"cu_seqlens_q": to_device(offsets(0, 40))}, ValueError, "cu_seqlens_k has 3 entries"),
         (
             {"cu_seqlens_k": to_device(offsets(0, 20, 50, dtype=torch.int64))},
