@@ -240,7 +240,7 @@ def planned_sizes(**sizes: int) -> dict:
         else:
             kbar = num_blocks * heads_k * row if slots else 0
             scores = 4 * tokens_q * heads_q * slots if slots > 32 else 0
-            counters = 2 * phases + 1 if plan.merging else 1 + heads if several_tiles else 1
+            counters = 2 * phases + 1 if plan.merging else 1 + heads if several_tiles else 0
             routed += [rows * row, 4 * rows, 4 * counters]
             held.append(_arrays(of_call, kbar) + max(scores, _arrays(*routed)))
     forward = plans[0]

@@ -154,21 +154,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_route(
   Tensor segment_lists = ints(block_ids, segments);
   Tensor cu_rows = ints(block_ids, segments + 1), cu_keys = ints(block_ids, segments + 1);
   Tensor workspace = ints(block_ids, route_workspace(problem, group, range_queries));
-  const Routes routes{mutable_data_of<int32_t>(sorted),
-                      mutable_data_of<int32_t>(positions),
-                      mutable_data_of<int32_t>(offsets),
-                      mutable_data_of<int32_t>(segment_offsets),
-                      mutable_data_of<int32_t>(segment_lists),
-                      mutable_data_of<int32_t>(cu_rows),
-                      mutable_data_of<int32_t>(cu_keys),
-                      segments,
-                      segment_rows,
-                      /*by_head=*/range_queries > 0,
-                      every_list,
-                      own_apart   ? OwnSegments::kApart
-                      : own_first ? OwnSegments::kFirst
-                                  : OwnSegments::kNone,
-                      range_queries};
+  Routes routes{};
+  routes.entries = mutable_data_of<int32_t>(sorted);
+  routes.positions = mutable_data_of<int32_t>(positions);
+  routes.offsets = mutable_data_of<int32_t>(offsets);
+  routes.segment_offsets = mutable_data_of<int32_t>(segment_offsets);
+  routes.segment_lists = mutable_data_of<int32_t>(segment_lists);
+  routes.cu_rows = mutable_data_of<int32_t>(cu_rows);
+  routes.cu_keys = mutable_data_of<int32_t>(cu_keys);
+  routes.max_segments = segments;
+  routes.segment_rows = segment_rows;
+  routes.by_head = range_queries > 0;
+  routes.every_list = every_list;
+  if (own_first) routes.own = OwnSegments::kFirst;
+  if (own_apart) routes.own = OwnSegments::kApart;
+  routes.range_queries = range_queries;
   STD_CUDA_CHECK(route(problem, group, data_of<int32_t>(block_ids), routes,
                        mutable_data_of<int32_t>(workspace), current_stream(block_ids)));
   return {sorted, positions, offsets, segment_offsets, segment_lists, cu_rows, cu_keys};

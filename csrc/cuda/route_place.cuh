@@ -34,7 +34,12 @@ __device__ void write_segment(const Sort& sort, const Routes& routes, int64_t bl
   }
 }
 
-// Whether this is one of the thread blocks that come first, which write the segments.
+// By `threads` threads together, of which this is one.
+__device__ void clear(const Routes& routes, int64_t thread, int64_t threads) {
+  for (int64_t i = thread; i < routes.cleared_count; i += threads) routes.cleared[i] = 0;
+}
+
+// Whether this is one of the thread blocks that come first, which write the segments, and clear.
 __device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t block_size,
                               uint32_t segment_blocks) {
   if (blockIdx.x >= segment_blocks) return false;
@@ -42,6 +47,7 @@ __device__ bool wrote_segment(const Sort& sort, const Routes& routes, int64_t bl
   if (segment <= routes.max_segments) {
     write_segment(sort, routes, block_size, segment);
   }
+  clear(routes, segment, int64_t{segment_blocks} * blockDim.x);
   return true;
 }
 

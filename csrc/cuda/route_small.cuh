@@ -105,6 +105,7 @@ __device__ void write_lists(const Sort& sort, const Routes& routes, int64_t bloc
       routes.segment_offsets[list] = run.segment_offsets[list];
     }
   }
+  clear(routes, first, step);
   if (routes.segment_offsets == nullptr) return;
   Routes from = routes;
   from.offsets = run.offsets;

@@ -88,6 +88,9 @@ struct Routes {
   // With by_head, lists of ranges of so many queries, the last one shorter: they are numbered
   // ((head_k - head_begin) * ranges + range) * NB + n then. 0: all queries in one.
   int64_t range_queries;
+  // Scratch of what comes next, [cleared_count], set to zero on the way: a launch less.
+  int32_t* cleared;
+  int64_t cleared_count;
 };
 
 // Elements of int32 workspace that route needs.

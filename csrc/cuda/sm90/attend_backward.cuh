@@ -352,9 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kDim, bool kOneTile, bool kWhole>
 cudaError_t launch(const AttendBackwardParams& of_call, cudaStream_t stream) {
   MappedParams params;
-  cudaError_t error = map_keys(of_call, params);
-  if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(params.next, 0, (1 + params.row_tiles) * sizeof(int32_t), stream);
+  const cudaError_t error = map_keys(of_call, params);
   if (error != cudaSuccess) return error;
   return launch_persistent(attend_backward_kernel<T, kDim, kOneTile, kWhole>, kThreads,
                            Shared<kDim, kOneTile>::kBytes, params, stream);

@@ -571,11 +571,6 @@ cudaError_t launch_kind(const AttendForwardParams& of_call, cudaStream_t stream)
   MappedParams params;
   cudaError_t error = map_keys(of_call, params);
   if (error == cudaSuccess) error = map_out(of_call, params.out_map);
-  const Merging& merging = params.merging;
-  if (error == cudaSuccess && merging.phases > 0) {
-    const size_t counters = 2 * merging.phases + 1;
-    error = cudaMemsetAsync(merging.counters, 0, counters * sizeof(int32_t), stream);
-  }
   if (error != cudaSuccess) return error;
   return params.problem.block_size == kKeys ? launch<T, kDim, kKeys, true>(params, stream)
                                             : launch<T, kDim, kKeys, false>(params, stream);

@@ -513,9 +513,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kDim>
 cudaError_t launch(const AttendForwardParams& of_call, cudaStream_t stream) {
   MappedParams params;
-  cudaError_t error = map_keys(of_call, params);
-  const size_t bytes = sizeof(int32_t) * (1 + params.merging.phases);
-  if (error == cudaSuccess) error = cudaMemsetAsync(params.next, 0, bytes, stream);
+  const cudaError_t error = map_keys(of_call, params);
   if (error != cudaSuccess) return error;
   return launch_persistent(attend_forward_tiles_kernel<T, kDim>, kThreads, Shared<kDim>::kBytes,
                            params, stream);

@@ -58,18 +58,14 @@ struct Call {
   RoutedRows params{};  // of all heads and queries
   Plan plan;
   cudaStream_t stream;
-  int64_t max_seqlen_q, max_seqlen_k;
   int64_t* cu_blocks;  // params has them too, and the first stage writes them
   uint16_t* kbar;      // of a forward
   Tensor memory;
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_size,
-       int64_t slots, double softmax_scale, const Plan& plan, bool forward)
-      : plan(plan),
-        stream(current_stream(q)),
-        max_seqlen_q(max_seqlen_q),
-        max_seqlen_k(max_seqlen_k) {
+       const Tensor& cu_seqlens_k, int64_t block_size, int64_t slots, double softmax_scale,
+       const Plan& plan, bool forward)
+      : plan(plan), stream(current_stream(q)) {
     set_tensors(params, q, k, v, block_size, softmax_scale, {0, k.size(1), 0, q.size(0)});
     check_offsets(cu_seqlens_q, "cu_seqlens_q", q, "q");
     check_offsets(cu_seqlens_k, "cu_seqlens_k", q, "q");
@@ -92,10 +88,6 @@ struct Call {
                                          : 0);
     });
     problem.cu_blocks = cu_blocks;
-  }
-
-  void find_blocks() const {
-    STD_CUDA_CHECK(metadata(problem(), max_seqlen_q, max_seqlen_k, cu_blocks, stream));
   }
 
   const Problem& problem() const { return params.problem; }
@@ -166,6 +158,12 @@ struct Routed {
     workspace = arrays.take<int32_t>(route_workspace(call.problem(), group, routes.range_queries));
   }
 
+  // Zeros when run has been launched.
+  int32_t* take_cleared(Arrays& arrays, int64_t count) {
+    routes.cleared_count = count;
+    return routes.cleared = arrays.take<int32_t>(count);
+  }
+
   void run(const Call& call, const Group& group, const int32_t* ids, RoutedRows& of_group) {
     STD_CUDA_CHECK(route(call.problem(), group, ids, routes, workspace, call.stream));
     call.set_group(of_group, group);
@@ -212,7 +210,6 @@ void attend_and_merge(const Call& call, const Group& group, const Tensor& q, con
     routed.lay_out(arrays, call, group);
     params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
     params.part_lse = arrays.take<float>(rows);
-    params.next = arrays.take<int32_t>(1);
   });
   routed.run(call, group, data_of<int32_t>(ids), params);
   params.own_begin = static_cast<int32_t>(routed.entries);
@@ -247,7 +244,7 @@ void attend_merging(const Call& call, const Group& group, const Tensor& q, const
     routed.lay_out(arrays, call, group);
     params.part_out = arrays.take<uint16_t>(rows * problem.head_dim);
     params.part_lse = arrays.take<float>(rows);
-    merging.counters = arrays.take<int32_t>(2 * phases + 1);
+    merging.counters = routed.take_cleared(arrays, 2 * phases + 1);
   });
   routed.run(call, group, data_of<int32_t>(ids), params);
   merging.ranges = Divisor(static_cast<uint32_t>(ranges));
@@ -273,7 +270,7 @@ void attend_from_parts(const Call& call, const Group& group, const Tensor& q, co
     routed.lay_out(arrays, call, group);
     params.part_out = arrays.take<uint16_t>(routed.entries * problem.head_dim);
     params.part_lse = arrays.take<float>(routed.entries);
-    params.next = arrays.take<int32_t>(1 + group.heads());
+    params.next = routed.take_cleared(arrays, 1 + group.heads());
   });
   routed.run(call, group, data_of<int32_t>(ids), params);
   merging.ranges = Divisor(1);
@@ -298,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
              block_size, " and ", topk);
   const DeviceGuard guard(q.get_device_index());
   check_shape(gate_q, "gate_q", q, q.size(0), q.size(1), q.size(2));
-  const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+  const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size,
                   num_slots(max_seqlen_k, block_size, topk), softmax_scale,
                   {segment_rows, heads_per_group, queries_per_group}, /*forward=*/true);
   const Problem& problem = call.problem();
@@ -306,8 +303,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
   // The host allocates what a kernel needs just before it: a short call's device waits for the
   // first ones.
   const auto select_blocks = [&] {
-    STD_CUDA_CHECK(block_mean(problem, call.max_seqlen_q, call.max_seqlen_k, rows_of(k),
-                              call.cu_blocks, call.kbar, call.stream));
+    STD_CUDA_CHECK(block_mean(problem, max_seqlen_q, max_seqlen_k, rows_of(k), call.cu_blocks,
+                              call.kbar, call.stream));
     Tensor ids = new_tensor(q, {tokens_q, heads_q, problem.slots}, ScalarType::Int);
     GateTopkParams gate{};
     std::optional<Tensor> scores;
@@ -323,7 +320,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor gate_q, Tensor q, Tensor k, Te
     return ids;
   };
 
-  if (problem.slots == 0) call.find_blocks();
+  if (problem.slots == 0) {
+    STD_CUDA_CHECK(metadata(problem, max_seqlen_q, max_seqlen_k, call.cu_blocks, call.stream));
+  }
   const Tensor ids =
       problem.slots > 0 ? select_blocks() : new_tensor(q, {tokens_q, heads_q, 0}, ScalarType::Int);
   const Tensor out = new_tensor(q, {tokens_q, heads_q, problem.head_dim}, q.scalar_type());
@@ -361,10 +360,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
   MOBA_CHECK(block_ids.dim() == 3, "block_ids must be [Tq, Hq, K]");
   const int64_t slots = block_ids.size(2);
   check_packed(block_ids, "block_ids", ScalarType::Int, q.size(0) * q.size(1), slots, q);
-  const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
-                  slots, softmax_scale, {segment_rows, heads_per_group, queries_per_group},
+  const Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, slots, softmax_scale,
+                  {segment_rows, heads_per_group, queries_per_group},
                   /*forward=*/false);
-  call.find_blocks();
   const Problem& problem = call.problem();
   const int64_t tokens_q = problem.tokens_q, tokens_k = problem.tokens_k, dim = problem.head_dim;
   const bool halves = block_size > kKeyTile;
@@ -380,10 +378,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
     check_packed(*dlse, "dlse", ScalarType::Float, problem.heads_q, tokens_q, q);
     stats.dlse = data_of<float>(*dlse);
   }
-  stats.dtype = problem.dtype;
-  stats.tokens = tokens_q;
-  stats.heads = problem.heads_q;
-  stats.head_dim = dim;
+  stats.problem = problem;
+  stats.cu_blocks = call.cu_blocks;
+  stats.max_seqlen_q = max_seqlen_q;
+  stats.max_seqlen_k = max_seqlen_k;
   stats.out = rows_of(out);
   stats.dout = rows_of(dout);
   stats.lse = data_of<float>(lse);
@@ -439,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> d
       const Tensor memory = Arrays::allocate(q, [&](Arrays& arrays) {
         routed.lay_out(arrays, call, group);
         of_group.part_dq = arrays.take<char>(routed.entries * dim * dq_bytes);
-        of_group.next = arrays.take<int32_t>(1 + of_group.row_tiles);
+        of_group.next = routed.take_cleared(arrays, 1 + of_group.row_tiles);
         of_group.part_dk = arrays.take<uint16_t>(segments * block_size * dim);
         of_group.part_dv = arrays.take<uint16_t>(segments * block_size * dim);
       });

@@ -50,6 +50,13 @@ void set_routed(RoutedRows& params, const Tensor& q, const Tensor& k, const Tens
   params.slots = Divisor(static_cast<uint32_t>(problem.slots));
 }
 
+Tensor zeros(const Tensor& like, int64_t size) {
+  Tensor tensor = ints(like, size);
+  STD_CUDA_CHECK(
+      cudaMemsetAsync(tensor.mutable_data_ptr(), 0, size * sizeof(int32_t), current_stream(like)));
+  return tensor;
+}
+
 // Segments of at most kSegmentRows rows, those of own_first too -> part_out [n, 1, D], part_lse
 // float32 [n] of n = R * K + heads * Tq * G rows, those of own blocks, [heads, Tq, G], last; rows
 // beyond the last entry, and of queries without keys or beyond the group, are left uninitialised.
@@ -71,7 +78,7 @@ std::tuple<Tensor, Tensor> attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlen
   Tensor part_out = new_tensor(q, {rows, 1, q.size(2)}, q.scalar_type());
   Tensor part_lse = new_tensor(q, {rows}, ScalarType::Float);
   if (rows == 0) return {part_out, part_lse};
-  Tensor next = ints(q, 1);
+  const Tensor next = zeros(q, 1);
   params.next = mutable_data_of<int32_t>(next);
   params.part_out = part_out.mutable_data_ptr();
   params.part_lse = mutable_data_of<float>(part_lse);
@@ -119,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_op(
   Tensor part_dv = new_tensor(q, {segments * block_size, 1, q.size(2)}, q.scalar_type());
   Tensor dk = new_tensor(q, {k.size(0), k.size(1), q.size(2)}, q.scalar_type());
   Tensor dv = new_tensor(q, {k.size(0), k.size(1), q.size(2)}, q.scalar_type());
-  Tensor next = ints(q, 1 + params.row_tiles);
+  const Tensor next = zeros(q, 1 + params.row_tiles);
   params.part_dq = part_dq.mutable_data_ptr();
   params.own_dq = own_dq.mutable_data_ptr();
   params.part_dk = part_dk.mutable_data_ptr();
@@ -138,25 +145,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_op(
 std::tuple<Tensor, Tensor> row_stats_op(Tensor out, Tensor dout, Tensor lse,
                                         std::optional<Tensor> dlse) {
   RowStatsParams params{};
-  params.dtype = kernel_dtype(out, "out");
-  MOBA_CHECK(params.dtype != DType::kFloat32, "out must be float16 or bfloat16");
+  Problem& problem = params.problem;
+  problem.dtype = kernel_dtype(out, "out");
+  MOBA_CHECK(problem.dtype != DType::kFloat32, "out must be float16 or bfloat16");
   check_rows(out, "out", out);
-  params.tokens = out.size(0);
-  params.heads = out.size(1);
-  params.head_dim = out.size(2);
-  MOBA_CHECK(params.head_dim == 64 || params.head_dim == 128, "head_dim must be 64 or 128, got ",
-             params.head_dim);
-  check_shape(dout, "dout", out, params.tokens, params.heads, params.head_dim);
+  problem.tokens_q = out.size(0);
+  problem.heads_q = out.size(1);
+  problem.head_dim = out.size(2);
+  MOBA_CHECK(problem.head_dim == 64 || problem.head_dim == 128, "head_dim must be 64 or 128, got ",
+             problem.head_dim);
+  check_shape(dout, "dout", out, problem.tokens_q, problem.heads_q, problem.head_dim);
   check_vectors(out, "out");
   check_vectors(dout, "dout");
-  check_packed(lse, "lse", ScalarType::Float, params.heads, params.tokens, out);
+  check_packed(lse, "lse", ScalarType::Float, problem.heads_q, problem.tokens_q, out);
   if (dlse.has_value()) {
-    check_packed(*dlse, "dlse", ScalarType::Float, params.heads, params.tokens, out);
+    check_packed(*dlse, "dlse", ScalarType::Float, problem.heads_q, problem.tokens_q, out);
     params.dlse = data_of<float>(*dlse);
   }
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  Tensor lse_log2 = new_tensor(lse, {params.heads, params.tokens}, ScalarType::Float);
-  Tensor delta = new_tensor(lse, {params.heads, params.tokens}, ScalarType::Float);
+  Tensor lse_log2 = new_tensor(lse, {problem.heads_q, problem.tokens_q}, ScalarType::Float);
+  Tensor delta = new_tensor(lse, {problem.heads_q, problem.tokens_q}, ScalarType::Float);
   params.out = rows_of(out);
   params.dout = rows_of(dout);
   params.lse = data_of<float>(lse);

@@ -2,10 +2,11 @@
 // delta = sum(dout * out) - dlse.
 //
 // Grid: (kTokens tokens, head) per thread block; head_dim / 8 threads with 16 bytes each per row.
+// One more thread block, the first, finds cu_blocks, where it is asked for: a launch less.
 
 #include <cmath>
 
-#include "cuda/device.cuh"
+#include "cuda/metadata.cuh"
 #include "cuda/sm90/stages.h"
 
 namespace moba::cuda::sm90 {
@@ -21,7 +22,16 @@ __global__ void __launch_bounds__(kThreads, 5)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Load = Vector<T, 8>;
   constexpr int kColumns = kDim / 8, kAtOnce = kThreads / kColumns;
-  const int64_t head = blockIdx.x % params.heads, begin = blockIdx.x / params.heads * kTokens;
+  const Problem& problem = params.problem;
+  const bool finds = params.cu_blocks != nullptr;
+  if (finds && blockIdx.x == 0) {
+    __shared__ int64_t scratch[kThreads / 32];
+    find_cu_blocks<kThreads>(problem, params.max_seqlen_q, params.max_seqlen_k, params.cu_blocks,
+                             scratch);
+    return;
+  }
+  const int64_t item = blockIdx.x - finds, head = item % problem.heads_q;
+  const int64_t begin = item / problem.heads_q * kTokens;
   const int column = threadIdx.x % kColumns;
   Load out[kTokens / kAtOnce], dout[kTokens / kAtOnce];
 #pragma unroll
@@ -32,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 5)
                         head * rows.head_stride + column * 8);
     };
     out[i] = dout[i] = Load{};
-    if (token < params.tokens) {
+    if (token < problem.tokens_q) {
       out[i] = row(params.out);
       dout[i] = row(params.dout);
     }
@@ -47,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, 5)
     }
 #pragma unroll
     for (int step = 1; step < kColumns; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (column == 0 && token < params.tokens) {
-      const int64_t at = head * params.tokens + token;
+    if (column == 0 && token < problem.tokens_q) {
+      const int64_t at = head * problem.tokens_q + token;
       const float lse = params.lse[at];
       params.lse_log2[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
       params.delta[at] = sum - (params.dlse == nullptr ? 0.0f : params.dlse[at]);
@@ -59,8 +69,11 @@ __global__ void __launch_bounds__(kThreads, 5)
 
 template <typename T>
 void launch(const RowStatsParams& params, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((params.tokens + kTokens - 1) / kTokens * params.heads);
-  if (params.head_dim == 64) {
+  const Problem& problem = params.problem;
+  const int64_t items = ceil_div(problem.tokens_q, kTokens) * problem.heads_q;
+  const auto grid = static_cast<unsigned>(items + (params.cu_blocks != nullptr));
+  if (grid == 0) return;
+  if (problem.head_dim == 64) {
     row_stats_kernel<T, 64><<<grid, kThreads, 0, stream>>>(params);
   } else {
     row_stats_kernel<T, 128><<<grid, kThreads, 0, stream>>>(params);
@@ -70,10 +83,8 @@ void launch(const RowStatsParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t row_stats(const RowStatsParams& params, cudaStream_t stream) {
-  if (params.tokens * params.heads > 0) {
-    params.dtype == DType::kFloat16 ? launch<__half>(params, stream)
-                                    : launch<__nv_bfloat16>(params, stream);
-  }
+  params.problem.dtype == DType::kFloat16 ? launch<__half>(params, stream)
+                                          : launch<__nv_bfloat16>(params, stream);
   return cudaGetLastError();
 }
 

@@ -56,8 +56,8 @@ struct Merging {
   uint32_t range_queries;
   int32_t phases, buffers;   // 0 phases: nothing is merged
   const int32_t* positions;  // as route leaves them
-  int32_t* counters;         // [2 * phases]: thread blocks that have attended, merged a phase;
-                             // [1] behind them: those that run (merging.cuh)
+  int32_t* counters;         // zeros, [2 * phases]: thread blocks that have attended, merged a
+                             // phase; [1] behind them: those that run (merging.cuh)
   MutableRows out;           // [Tq, Hq, D]
   float* lse;                // [Hq, Tq]
 };
@@ -71,7 +71,7 @@ struct AttendForwardParams : RoutedRows {
   void* part_out;   // [R * K + heads * Tq * G, D]
   float* part_lse;  // [R * K + heads * Tq * G] natural log
   int32_t own_begin;
-  // Scratch for blocks of more keys than a tile: what comes next, [1], and then [phases], with
+  // Zeros, for blocks of more keys than a tile: what comes next, [1], and then [phases], with
   // merging: rows of entries that have been attended.
   int32_t* next;
   Merging merging;
@@ -103,7 +103,7 @@ struct AttendBackwardParams : RoutedRows {
   // half stand at 8 * j.
   void *part_dq, *own_dq;
   int64_t all_rows, own_rows;  // R * K, heads * Tq * G
-  // Scratch: what comes next, [1], and then, for blocks of more keys than a tile, [row_tiles]: a
+  // Zeros: what comes next, [1], and then, for blocks of more keys than a tile, [row_tiles]: a
   // place for every 64 rows of a segment, and from own_turns on for those of a list's own block.
   int32_t* next;
   int64_t row_tiles;
@@ -123,13 +123,14 @@ cudaError_t attend_backward(const AttendBackwardParams& params, cudaStream_t str
 
 // What the backward needs of every row besides q and dout.
 struct RowStatsParams {
-  DType dtype;
-  int64_t tokens, heads, head_dim;
-  Rows out, dout;     // [T, H, D], 16-byte aligned rows
-  const float* lse;   // [H, T]
-  const float* dlse;  // [H, T] or null: zeros
-  float* lse_log2;    // [H, T] base 2; +inf for -inf, so that a row without keys has weights of 0
-  float* delta;       // [H, T] sum(dout * out) - dlse
+  Problem problem;    // bfloat16 or float16
+  Rows out, dout;     // [Tq, Hq, D], 16-byte aligned rows
+  const float* lse;   // [Hq, Tq]
+  const float* dlse;  // [Hq, Tq] or null: zeros
+  float* lse_log2;    // [Hq, Tq] base 2; +inf for -inf, so that a row without keys has weights of 0
+  float* delta;       // [Hq, Tq] sum(dout * out) - dlse
+  int64_t* cu_blocks;  // what metadata would give, too; or null
+  int64_t max_seqlen_q, max_seqlen_k;
 };
 
 cudaError_t row_stats(const RowStatsParams& params, cudaStream_t stream);
