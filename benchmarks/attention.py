@@ -117,7 +117,7 @@ class Trial:
 
     def draw(self) -> tuple[list[Tensor], Tensor]:
         """Fresh q, k, v and dout."""
-        sizes = (*self.row[:3], HEAD_DIM, self.row.block_size)
+        sizes = (*self.row[:3], HEAD_DIM, self.row.block_size, self.row.topk)
         tensors = [x.requires_grad_() for x in inputs.draw(self.kind, *sizes, device=DEVICE)]
         return tensors, torch.randn_like(tensors[0])
 

@@ -1,11 +1,12 @@
-"""The three kinds of inputs of every benchmark, so that figures compare.
+"""The kinds of inputs of every benchmark, so that figures compare.
 
 random      q, k, v ~ N(0, 1).
 correlated  keys of a block share one of 64 topics, queries keep one for 256 tokens on average; with
             topic vectors u of unit length per KV head, x = 0.5 * N(0, 1) + 4 * u[topic]. Queries
             find their topic's blocks, and neighbours choose alike.
-hot         random, with 8 * w added to every query and to the keys of the first blocks, w a unit
-            vector per KV head: nearly every query chooses them, as with an attention sink.
+hot         random, with 8 * w added to every query and to the keys of the first block, w a unit
+            vector per KV head: nearly every query chooses it, as with an attention sink.
+hottest     the same of the first topk - 1 blocks.
 
 v is N(0, 1) in all. A query head has the topics and the w of its KV head. Nothing waits for the
 device.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("random", "correlated", "hot")
+KINDS = ("random", "correlated", "hot", "hottest")
 TOPICS, TOPIC_TOKENS = 64, 256
 
 
@@ -28,10 +29,10 @@ def draw(
     heads_k: int,
     head_dim: int,
     block_size: int,
+    topk: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cuda",
-    hot_blocks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One sequence: q ``[tokens, heads_q, head_dim]``, k and v ``[tokens, heads_k, head_dim]``."""
     if kind not in KINDS:
@@ -44,7 +45,8 @@ def draw(
         topics = _unit(TOPICS, heads_k, head_dim, device=device)
         of_group.mul_(0.5).add_(4 * topics[query_topics(tokens, device)][:, :, None])
         k.mul_(0.5).add_(4 * topics[_key_topics(tokens, block_size, device)])
-    elif kind == "hot":
+    elif kind != "random":
+        hot_blocks = 1 if kind == "hot" else topk - 1
         w = _unit(heads_k, head_dim, device=device)
         of_group.add_(8 * w[:, None])
         k[: hot_blocks * block_size].add_(8 * w)
