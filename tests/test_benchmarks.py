@@ -321,7 +321,7 @@ def test_turns_are_as_many_for_each(no_gpu, monkeypatch):
         time.sleep(0.001)
         return {"all": common.span(lambda: None)[0]}
 
-    found = common.in_turns({name: functools.partial(once, name) for name in "ab"}, least=0.06)
+    found = common.in_turns({name: functools.partial(once, name) for name in "ab"}, least=0.3)
     turns = [called[i : i + 6] for i in range(0, len(called), 6)]
     assert all(turn == turn[:1] * 6 for turn in turns)
     rounds = {(first[0], second[0]) for first, second in zip(turns[::2], turns[1::2])}
