@@ -255,7 +255,7 @@ class _Attention(torch.autograd.Function):
         # What says that attention_backward has no derivative takes 0.01 ms.
         again = torch.is_grad_enabled()
         with contextlib.nullcontext() if again else torch._C._AutoDispatchBelowAutograd():
-            around = not again and dout.is_cuda and not _is_seen() and type(dout) is Tensor
+            around = not again and _goes_around(dout, *saved)
             op = _attention_backward_cuda if around else torch.ops.moba.attention_backward.default
             grads = op(dout, dlse, *saved, *ctx.sizes)
         return *grads, None, None, None, None
@@ -291,7 +291,7 @@ def attention(
     ``sm90.prepare`` has made of such a call before, its kernels are next.
     """
     q, k, v, *_ = tensors
-    if _is_seen() or not q.is_cuda or not type(q) is type(k) is type(v) is Tensor:
+    if not _goes_around(*tensors):
         return torch.ops.moba.attention.default(*tensors, *sizes)
     with torch._C._AutoDispatchBelowAutograd():
         if prepared is not None and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
@@ -299,6 +299,11 @@ def attention(
         else:
             results = _attention_cuda(*tensors, *sizes)
     return _with_derivative(results, tensors, sizes)
+
+
+def _goes_around(*tensors: Tensor) -> bool:
+    """Whether an op of such tensors need not go by way of the dispatcher."""
+    return tensors[0].is_cuda and {*map(type, tensors)} == {Tensor} and not _is_seen()
 
 
 def _is_seen() -> bool:

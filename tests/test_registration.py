@@ -145,6 +145,29 @@ def test_who_looks_at_ops_is_known(look):
     assert not ops._is_seen()
 
 
+def test_tensors_of_other_types_go_by_way_of_the_dispatcher(monkeypatch):
+    """In the backward too, where dout is a plain tensor."""
+    calls, sizes = [], (30, 30, 8, 3)
+    plain = RAGGED.tensors(torch.float32, True)
+    for name in ("_attention_cuda", "_attention_backward_cuda"):
+        op = getattr(torch.ops.moba, name.removeprefix("_").removesuffix("_cuda"))
+
+        def around(*args, name=name, op=op):
+            calls.append(name)
+            return op(*args)
+
+        monkeypatch.setattr(ops, name, around)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    for tensors, wanted in (
+        (plain, ["_attention_cuda", "_attention_backward_cuda"]),
+        ((torch.nn.Parameter(plain[0].detach()), *plain[1:]), []),
+    ):
+        out, *_ = ops.attention((*tensors, *RAGGED.cu_seqlens()), (*sizes, None, "cpu"), None)
+        out.backward(torch.ones_like(out))
+        assert calls == wanted
+        calls.clear()
+
+
 def test_transforms_and_compilers_look_at_ops():
     seen = []
     torch.func.vmap(lambda x: seen.append(ops._is_seen()) or x)(torch.zeros(2))
