@@ -219,7 +219,7 @@ def _check_arguments(
     softmax_scale = _check_scale(softmax_scale)
     sizes = max_seqlen_q, max_seqlen_k, block_size, topk, softmax_scale
     name = _pick_backend(backend, q)
-    prepared = sm90.prepare(*tensors, *sizes) if prepare and name == "sm90" else None
+    prepared = sm90.prepare(tensors, sizes) if prepare and name == "sm90" else None
     return _Checked((*sizes, name), prepared)
 
 

@@ -83,7 +83,10 @@ def make_plan(*sizes: int, backward: bool) -> groups.Plan:
         return groups.make_plan(call, segment_rows, of_one, at_once)
 
     one = plan(1)
-    if not backward or one.heads_per_group == call.heads_k:
+    if not backward:
+        return one
+    one = one._replace(own_heads=_own_heads(call, one.block_size, bound))
+    if one.heads_per_group == call.heads_k:
         return one
     # Two at once cost shorter ranges where one fills the workspace. That pays where a thread block
     # takes all keys of a segment in turn: such are few and long.
@@ -92,7 +95,34 @@ def make_plan(*sizes: int, backward: bool) -> groups.Plan:
         call.block_size, call.head_dim
     )
     counts = call.counts(two.heads_per_group, two.queries_per_group, segment_rows)
-    return two if pays and fits(*counts, 2) else one
+    return two._replace(own_heads=one.own_heads) if pays and fits(*counts, 2) else one
+
+
+def _own_heads(call: groups.Call, block_size: int, bound: int) -> int:
+    """As many as fit into the workspace: by head, whose thread blocks don't fill the GPU, B's
+    backward takes 5 % more, E's 7 %."""
+    group = call.heads_q // call.heads_k
+    parts = _own_parts(call, block_size)
+    most = varlen.most_heads(call.tokens_q, parts, call.head_dim) // group
+    counts = range(min(call.heads_k, most), 1, -1)
+    heads = next((n for n in counts if _own_bytes(call, block_size, n) <= bound), 1)
+    return groups.ceil_div(call.heads_k, groups.ceil_div(call.heads_k, heads))
+
+
+def _own_parts(call: groups.Call, block_size: int) -> int:
+    return call.tokens_k // block_size + 2 * call.batch
+
+
+def _own_bytes(call: groups.Call, block_size: int, heads: int) -> int:
+    """What FlashAttention's backward of the own blocks of KV heads holds beside its results."""
+    row, group = 2 * call.head_dim, call.heads_q // call.heads_k
+    heads_q, parts = heads * group, _own_parts(call, block_size)
+    held = _accumulator_bytes(call.tokens_q, parts, heads_q, block_size, call.head_dim)
+    if group > 1:  # dk, dv per query head
+        held += 2 * row * heads_q * call.tokens_k
+    if varlen.package() is None:  # copies of dout and out; dq, dk, dv, which are copied
+        held += row * (3 * heads_q * call.tokens_q + 2 * heads * call.tokens_k)
+    return held
 
 
 def _group_bytes(
@@ -132,22 +162,15 @@ def planned_sizes(**sizes: int) -> dict:
     """What ``moba_ext.plan`` reports of a call; bytes of the largest group, own blocks included."""
     call, held = groups.Call(**sizes), []
     plans = [make_plan(*call, backward=backward) for backward in (False, True)]
-    tokens_q, tokens_k, head_dim = call.tokens_q, call.tokens_k, call.head_dim
-    group = call.heads_q // call.heads_k
     for plan, backward in zip(plans, (False, True)):
-        routed = 0
+        routed, whole = 0, plan.heads_per_group == plan.heads and len(plan.query_ranges()) == 1
         if plan.slots:
             counts = call.counts(plan.heads_per_group, plan.queries_per_group, plan.segment_rows)
-            routed = _group_bytes(*counts, plan.block_size, head_dim, backward)
-        if backward:  # dq, dk, dv of the heads of a group; FlashAttention's dk, dv per query head
-            heads = plan.heads_per_group * group
-            own = 2 * head_dim * (heads * tokens_q + 2 * plan.heads_per_group * tokens_k)
-            own += 4 * head_dim * heads * tokens_k if group > 1 else 0
-            parts = tokens_k // plan.block_size + 2 * call.batch
-            own += _accumulator_bytes(tokens_q, parts, heads, plan.block_size, head_dim)
-        else:  # the lse of all heads
-            own = 4 * call.heads_q * tokens_q
-        held.append(plan.at_once * (own + routed))
+            routed = _group_bytes(*counts, plan.block_size, call.head_dim, backward)
+        lse = 4 * call.heads_q * call.tokens_q
+        own = _own_bytes(call, plan.block_size, plan.own_heads) if backward else 0
+        # Own blocks come before the groups, or once the rows of the only one are packed.
+        held.append(lse + (own + routed if whole else max(own, plan.at_once * routed)))
     plan = plans[0]
     return {
         "dense": plan.dense,
@@ -341,57 +364,69 @@ def backward(
     q, scale, sign = positive_scale(q, softmax_scale)
     plan = plan_of(make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=True)
     ranges = plan.query_ranges()
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if dlse is not None:
         out, dlse = varlen.lse_grad(dlse, lse.isneginf(), dout, out)
-    # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
-    lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     own = _own_blocks(
         *(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, max_seqlen_q, max_seqlen_k),
         plan.block_size,
     )
     batch = cu_seqlens_q, cu_seqlens_k, own.cu_blocks
 
-    def attend_own(heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        of_k = slice(*heads)
-        of_q = slice(*(h * (heads_q // heads_k) for h in heads))
+    def of(heads: tuple[int, int]) -> tuple[slice, slice]:
+        """Query and KV heads of a range of KV heads."""
+        return slice(*(h * (heads_q // heads_k) for h in heads)), slice(*heads)
+
+    def attend_own(heads: tuple[int, int], own_lse: Tensor, grads: tuple[Tensor, ...]) -> None:
+        of_q, of_k = of(heads)
         own_dlse = None if dlse is None else dlse._replace(dout=dlse.dout[:, of_q])
-        return varlen.backward(
+        places = tuple(x[:, part] for x, part in zip(grads, (of_q, of_k, of_k)))
+        results = varlen.backward(
             *(dout[:, of_q], own_dlse, q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q]),
-            *(lse[of_q], own.sequences, scale, True),
+            *(own_lse[of_q], own.sequences, scale, True, places),
         )
+        for result, place in zip(results, places):
+            if result is not place:
+                place.copy_(result)
+
+    @functools.cache
+    def own_grads() -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of the own blocks, to which groups add in place."""
+        grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+        # FlashAttention writes +inf where a row has no keys; with -inf it would make NaN of it.
+        own_lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+        for heads in varlen.ranges(heads_k, plan.own_heads):
+            attend_own(heads, own_lse, grads)
+        return grads
 
     def run_heads(heads: tuple[int, int]) -> None:
-        own_grads = functools.cache(functools.partial(attend_own, heads))
-        if len(ranges) > 1 or heads[1] - heads[0] < heads_k:
-            own_grads()  # FlashAttention's buffers have gone then before rows are packed
         sums = [None, None]
         if len(ranges) > 1:
             shape = (tokens_k, heads[1] - heads[0], head_dim)
             sums = [k.new_empty(shape, dtype=torch.float32) for _ in range(2)]
         for queries in ranges:
-            run_group(heads, queries, own_grads, sums)
+            run_group(heads, queries, sums)
 
-    def run_group(heads, queries, own_grads: Callable, sums) -> None:
+    def run_group(heads: tuple[int, int], queries: tuple[int, int], sums) -> None:
         group = (*heads, *queries)
         if plan.slots:
             routed = _route(block_ids, k, cu_seqlens_q, own, plan, group)
             packed = pack(routed, group)
         # A short call's device copies rows while the host calls FlashAttention.
-        own_dq, *own_dkv = own_grads()
+        dq, *dkv = own_grads()
+        of_q, of_k = of(heads)
         if plan.slots:
-            part_dq, *part_dkv = varlen.backward(*packed, scale, False, reuse_out=True)
+            part_dq, *part_dkv = varlen.backward(*packed, scale, False, (packed[5], None, None))
             positions, segment_offsets = routed.positions, routed.segment_offsets
         else:
             lists = (heads[1] - heads[0]) * (tokens_k // plan.block_size + len(cu_seqlens_k) - 1)
             positions, segment_offsets = block_ids.new_empty(0), block_ids.new_zeros(lists + 1)
-            part_dq, part_dk = own_dq.new_empty(0, 1, head_dim), q.new_empty(0, 1, head_dim)
+            part_dq, part_dk = dq.new_empty(0, 1, head_dim), q.new_empty(0, 1, head_dim)
             part_dkv = part_dk, part_dk
-        _stages.flash_merge_backward(positions, part_dq, own_dq, *batch, heads_k, *group, dq)
+        dkv = [x[:, of_k] for x in dkv]
+        _stages.flash_merge_backward(positions, part_dq, dq[:, of_q], *batch, heads_k, *group, dq)
         _stages.flash_reduce_keys(
-            *(segment_offsets, *part_dkv, *own_dkv, *batch, plan.block_size),
-            *(queries == ranges[0], queries == ranges[-1], *sums),
-            *(dk[:, slice(*heads)], dv[:, slice(*heads)]),
+            *(segment_offsets, *part_dkv, *dkv, *batch, plan.block_size),
+            *(queries == ranges[0], queries == ranges[-1], *sums, *dkv),
         )
 
     def pack(routed: _Routed, group) -> tuple:
@@ -405,5 +440,9 @@ def backward(
         rows = dout_rows, part_dlse, q_rows, keys.k, keys.v, out_rows, lse_rows[None]
         return *rows, keys.sequences
 
-    _take_turns(run_heads, [(heads,) for heads in plan.head_ranges()], plan.at_once, q.device)
+    by_heads = [(heads,) for heads in plan.head_ranges()]
+    if len(by_heads) * len(ranges) > 1:
+        own_grads()  # FlashAttention's buffers have gone then before rows are packed
+    _take_turns(run_heads, by_heads, plan.at_once, q.device)
+    dq, dk, dv = own_grads()
     return (dq if sign == 1 else dq * sign), dk, dv

@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     segment_rows: most rows of a segment of a block's list.
     heads_per_group, queries_per_group: what is routed and merged at a time.
     at_once: groups of heads that run at the same time, on two streams.
+    own_heads: KV heads whose own blocks are attended at once (the backward of flash).
     merging: a group has all queries; rows of queries_per_group of a head are merged by the kernel
         that attends the next ones (the forward of sm90).
     """
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
     heads: int
     queries: int
     at_once: int
+    own_heads: int = 0
     merging: bool = False
 
     def head_ranges(self) -> list[tuple[int, int]]:

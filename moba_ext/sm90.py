@@ -131,20 +131,12 @@ def _forward_numbers(plan: groups.Plan, max_q: int, max_k: int, *sizes) -> tuple
     )
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    block_size: int,
-    topk: int,
-    softmax_scale: float | None,
-) -> tuple | None:
-    """What makes :func:`forward_prepared` the same as :func:`forward` for all tensors of these
-    sizes and strides that begin at multiples of 16 bytes; None if nothing does."""
+def prepare(tensors: tuple[Tensor, ...], sizes: tuple) -> tuple | None:
+    """What makes :func:`forward_prepared` the same as ``forward(*tensors, *sizes)``, for all
+    tensors of these sizes and strides that begin at multiples of 16 bytes; None if nothing does."""
+    q, k, v, _, cu_seqlens_k = tensors
+    *sizes, softmax_scale = sizes
+    _, max_seqlen_k, block_size, topk = sizes
     plan = flash.plan_of(
         make_plan, q, k, cu_seqlens_k, max_seqlen_k, block_size, topk, backward=False
     )
@@ -153,7 +145,7 @@ def prepare(
     if plan.dense or q.shape[0] == 0 or not rows:
         return None
     scale = flash.positive_scale(q, softmax_scale)[1]
-    return _forward_numbers(plan, max_seqlen_q, max_seqlen_k, block_size, topk, scale)
+    return _forward_numbers(plan, *sizes, scale)
 
 
 def forward_prepared(q, k, v, cu_seqlens_q, cu_seqlens_k, prepared: tuple):

@@ -39,6 +39,11 @@ def ranges(size: int, step: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, size)) for first in range(0, size, max(step, 1))]
 
 
+Places = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Where the gradients of q, k and v may be written, by a FlashAttention that can be told."""
+ANYWHERE: Places = (None, None, None)
+
+
 class Sequences(NamedTuple):
     """Offsets of the sequences of a varlen call, int32 ``[n + 1]``, and their host-side bounds."""
 
@@ -146,9 +151,8 @@ def backward_call(
     sequences: Sequences,
     scale: float,
     causal: bool,
-    dq: Tensor | None = None,
+    places: Places = ANYWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq: where to write the gradient of q, for a FlashAttention that can be told."""
     cu_q, cu_k, max_q, max_k = sequences
     ordered = needs_order(max_k, q.shape[-1])
     flash_attn = package()
@@ -162,7 +166,7 @@ def backward_call(
     call, window = _function(flash_attn._flash_attn_varlen_backward)
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad is None else grad
-        for x, grad in ((q, dq), (k, None), (v, None))
+        for x, grad in zip((q, k, v), places)
     )
     call(
         *(dout, q, k, v, out, lse, dq, dk, dv, cu_q, cu_k, max_q, max_k),
@@ -220,19 +224,19 @@ def backward(
     sequences: Sequences,
     scale: float,
     causal: bool,
-    reuse_out: bool = False,
+    places: Places = ANYWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. reuse_out: that of q may take the memory of out, which is read before
-    it is written."""
+    """Gradients of q, k, v, wherever they were written. The place of dq may be out, which is read
+    before it is written."""
 
-    def run(dout, v, out):
-        return _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out)
+    def run(dout, v, out, places):
+        return _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, places)
 
-    dq, dk, dv = run(dout, v, out)
+    dq, dk, dv = run(dout, v, out, places)
     if dlse is not None:
         ones = torch.zeros_like(v)
         ones[..., :2] = 1
-        more_dq, more_dk, _ = run(dlse.dout, ones, torch.zeros_like(out))
+        more_dq, more_dk, _ = run(dlse.dout, ones, torch.zeros_like(out), ANYWHERE)
         dq, dk = (
             (x.float() + more.float() * dlse.factor).to(x.dtype)
             for x, more in ((dq, more_dq), (dk, more_dk))
@@ -250,13 +254,18 @@ def accumulator_width(head_dim: int) -> int:
     return -(-head_dim // step) * step
 
 
-def _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out):
+def most_heads(rows: int, sequences: int, head_dim: int) -> int:
+    """Of q, that FlashAttention's 32-bit offsets in its fp32 dq can have at once."""
+    rows = accumulator_rows(rows, min(sequences, MAX_SEQUENCES))
+    return _MAX_OFFSET // (rows * accumulator_width(head_dim))
+
+
+def _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, places):
     """In parts of the heads where FlashAttention's fp32 dq would be too large for its offsets."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    rows = accumulator_rows(q.shape[0], min(sequences.cu_q.shape[0] - 1, MAX_SEQUENCES))
-    most = _MAX_OFFSET // (rows * accumulator_width(q.shape[2]))
+    most = most_heads(q.shape[0], sequences.cu_q.shape[0] - 1, q.shape[2])
     if heads <= most:
-        return _backward_by_calls(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out)
+        return _backward_by_calls(dout, q, k, v, out, lse, sequences, scale, causal, places)
     if most == 0:
         raise RuntimeError(
             f"q has {q.shape[0]:,} rows, too many for the 32-bit offsets of FlashAttention's "
@@ -270,17 +279,17 @@ def _backward_by_heads(dout, q, k, v, out, lse, sequences, scale, causal, reuse_
         of_q, of_k = slice(begin, end), slice(begin // group, -(-end // group))
         dq[:, of_q], *parts = _backward_by_calls(
             *(dout[:, of_q], q[:, of_q], k[:, of_k], v[:, of_k], out[:, of_q], lse[of_q]),
-            *(sequences, scale, causal, False),
+            *(sequences, scale, causal, ANYWHERE),
         )
         for total, part in zip((dk, dv), parts):
             total[:, of_k] += part
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _backward_by_calls(dout, q, k, v, out, lse, sequences, scale, causal, reuse_out):
+def _backward_by_calls(dout, q, k, v, out, lse, sequences, scale, causal, places):
     first, *others = sequences.calls()
-    dq = out if reuse_out and not others else None
-    grads = backward_call(dout, q, k, v, out, lse, first, scale, causal, dq)
+    places = ANYWHERE if others else places
+    grads = backward_call(dout, q, k, v, out, lse, first, scale, causal, places)
     for call in others:
         parts = backward_call(dout, q, k, v, out, lse, call, scale, causal)
         bounds = (call.cu_q, call.cu_k, call.cu_k)

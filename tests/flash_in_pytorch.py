@@ -198,11 +198,12 @@ def forward_call(q, k, v, sequences, scale, causal):
     return out, lse
 
 
-def backward_call(dout, q, k, v, out, lse, sequences, scale, causal, dq=None):
-    grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in (q, k, v)]
-    if dq is not None:  # may be the memory of out
-        out = out.clone()
-        grads[0] = dq.fill_(torch.nan)
+def backward_call(dout, q, k, v, out, lse, sequences, scale, causal, places=(None, None, None)):
+    out = out.clone()  # may be the place of dq
+    grads = [
+        x.new_full(x.shape, torch.nan) if place is None else place.fill_(torch.nan)
+        for x, place in zip((q, k, v), places)
+    ]
     begin, end = sequences.cu_k[0], sequences.cu_k[-1]
     for grad in grads[1:]:
         grad[begin:end] = 0

@@ -121,6 +121,11 @@ def test_merge_backward(case, dtype, layout):
         queries, heads = parts.place()
         assert_within_budget(dq[queries, heads].cpu(), exact, plain.to(dtype))
         assert (dq[queries, heads].cpu()[~call.has_keys()[queries]] == 0).all()
+        in_place = torch.full_like(dq, 7.0)
+        own = in_place[:, heads]
+        own.copy_(parts.own)
+        parts.merge_backward(lambda _, own=own: own, in_place)
+        assert torch.equal(in_place[queries, heads], dq[queries, heads])
         dq[queries, heads] = 7.0
         assert (dq == 7).all(), "wrote outside of the group"
 
@@ -233,17 +238,19 @@ def test_reduce_keys(case, dtype, layout, segment_rows):
     cuts = [0, call.tokens_q // 2, call.tokens_q]
     for ranges in ([(0, call.tokens_q)], [*zip(cuts, cuts[1:])]):
         results = []
-        for _ in range(2):
+        for in_place in (False, True):
             torch.manual_seed(1)
             wanted = [x.clone() for x in exact]
+            own_parts = [layout(x) for x in own]
             grads = [layout(torch.full(shape, 7.0, dtype=dtype)) for _ in range(2)]
+            grads = own_parts if in_place else grads
             carried = [torch.full(shape, torch.nan, device=DEVICE) for _ in range(2)]
             for i, cut in enumerate(ranges):
                 first, last = i == 0, i == len(ranges) - 1
                 group = Group(0, case.heads_k, *cut)
                 offsets, packs, sums = key_parts(call, group, dtype, segment_rows)
                 torch.ops.moba.flash_reduce_keys(
-                    *(offsets, *packs, *([layout(x) for x in own] if first else (None, None))),
+                    *(offsets, *packs, *(own_parts if first else (None, None))),
                     *(*call.sequences, case.block_size, first, last),
                     *((None, None) if len(ranges) == 1 else carried),
                     *grads,
@@ -251,7 +258,7 @@ def test_reduce_keys(case, dtype, layout, segment_rows):
                 wanted = [x + y for x, y in zip(wanted, sums)]
             results.append(grads)
         for got, again, total in zip(*results, wanted):
-            assert torch.equal(got, again), "the sum has one fixed order"
+            assert torch.equal(got, again), "the sum has one order, in place too"
             assert_within_budget(got.cpu(), total, total.float().to(dtype))
 
 

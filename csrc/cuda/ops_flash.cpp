@@ -322,8 +322,8 @@ void flash_merge(Tensor positions, Tensor part_out, Tensor part_lse, Tensor own_
 }
 
 // part_dq [R * K, 1, D] and own_dq [Tq, heads * G, D] -> the group's part of dq [Tq, Hq, D], in
-// place. Or both as sm90 leaves them: own_dq [heads * Tq * G, 1, D], or float32 [2, heads * Tq * G,
-// D / 2] with part_dq float32 [2, R * K, D / 2].
+// place; own_dq may be a part of dq. Or both as sm90 leaves them: own_dq [heads * Tq * G, 1, D], or
+// float32 [2, heads * Tq * G, D / 2] with part_dq float32 [2, R * K, D / 2].
 void flash_merge_backward(Tensor positions, Tensor part_dq, Tensor own_dq, Tensor cu_seqlens_q,
                           Tensor cu_seqlens_k, Tensor cu_blocks, int64_t heads_k,
                           int64_t head_begin, int64_t head_end, int64_t query_begin,
@@ -344,8 +344,8 @@ void flash_merge_backward(Tensor positions, Tensor part_dq, Tensor own_dq, Tenso
 
 // dk_pack, dv_pack [S * B, 1, D] of a range of queries, added in place to sum_dk, sum_dv float32
 // [Tk, heads, D]. The first range starts them from own_dk, own_dv [Tk, heads, D], if there are any,
-// the last writes dk, dv [Tk, heads, D] instead; without sums there is one range. several: leaves
-// keys alone whose block has one segment.
+// the last writes dk, dv [Tk, heads, D] instead, which may be own_dk, own_dv; without sums there is
+// one range. several: leaves keys alone whose block has one segment.
 void flash_reduce_keys(Tensor segment_offsets, Tensor dk_pack, Tensor dv_pack,
                        std::optional<Tensor> own_dk, std::optional<Tensor> own_dv,
                        Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_blocks,

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTokens = 32;
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 5)
@@ -23,6 +22,7 @@ __global__ void __launch_bounds__(kThreads, 5)
   using Load = Vector<T, 8>;
   constexpr int kColumns = kDim / 8, kAtOnce = kThreads / kColumns;
   const Problem& problem = params.problem;
+  constexpr float kLog2e = 1.4426950408889634f;
   const bool finds = params.cu_blocks != nullptr;
   if (finds && blockIdx.x == 0) {
     __shared__ int64_t scratch[kThreads / 32];
