@@ -82,7 +82,8 @@ def _unavailable() -> str | None:
 @functools.cache
 def package():
     """flash_attn's interface module, None if it is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
+    spec = importlib.util.find_spec("flash_attn")
+    if spec is None or spec.origin is None:  # flash-attn-4 alone: a namespace, flash_attn.cute
         return None
     try:
         import flash_attn

@@ -1,6 +1,10 @@
 """How the flash backend puts its stages together, on a CPU: tests/flash_in_pytorch.py stands in for
 the CUDA stages and for FlashAttention."""
 
+import importlib
+import sys
+import warnings
+
 import flash_in_pytorch
 import pytest
 import torch
@@ -310,6 +314,49 @@ def test_both_interfaces_of_flash_attn(results, monkeypatch):
     assert dq is q and dk.shape == q.shape and dv is places[2]
     # Two tiles of keys add up to the same bits in any order, more need FlashAttention's own.
     assert calls == [(13, True, ordered, (-1, -1)) for ordered in (False, True, False)]
+
+
+def installed(files: dict[str, str], folder, monkeypatch):
+    """varlen.package() where these files are all that can be imported."""
+    for name, text in files.items():
+        file = folder / "flash_attn" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for name in [x for x in sys.modules if x.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(folder)])
+    importlib.invalidate_caches()
+    try:
+        return varlen.package.__wrapped__()
+    finally:
+        for name in [x for x in sys.modules if x.split(".")[0] == "flash_attn"]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("version", ["2.6.3", "2.8.3.post1", "2.10.0"])
+def test_flash_attn_is_taken_where_it_is_installed(version, tmp_path, monkeypatch):
+    files = {"__init__.py": f"__version__ = '{version}'", "flash_attn_interface.py": ""}
+    assert installed(files, tmp_path, monkeypatch).__name__ == "flash_attn.flash_attn_interface"
+
+
+@pytest.mark.parametrize("files", [{}, {"cute/__init__.py": ""}])
+def test_without_flash_attn_nothing_is_said(files, tmp_path, monkeypatch):
+    """Nor with flash-attn-4 alone, which has the same name without the same functions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert installed(files, tmp_path, monkeypatch) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"__init__.py": "__version__ = '2.6.2'", "flash_attn_interface.py": ""}, "older than"),
+        ({"__init__.py": "import no_such_module"}, "can't be imported"),
+    ],
+)
+def test_flash_attn_that_is_of_no_use_is_named(files, message, tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match=f"{message}.*FlashAttention inside torch instead"):
+        assert installed(files, tmp_path, monkeypatch) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
