@@ -32,11 +32,8 @@ def products(pairs: int) -> int:
 
 
 def pairs_of(row: Row) -> int:
-    plan = moba_ext.plan(
-        row.tokens, heads_q=row.heads_q, heads_k=row.heads_k, head_dim=HEAD_DIM,
-        block_size=row.block_size, topk=row.topk, device="cuda", backend="flash",
-    )  # fmt: skip
-    return row.heads_q * plan.attended_pairs
+    sizes = {"heads_q": row.heads_q, "block_size": row.block_size, "topk": row.topk}
+    return row.heads_q * moba_ext.plan(row.tokens, head_dim=HEAD_DIM, **sizes).attended_pairs
 
 
 def segments_of(row: Row) -> tuple[Callable, int]:

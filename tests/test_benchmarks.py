@@ -13,6 +13,7 @@ import torch
 
 import attention
 import common
+import flash_alone
 import inputs
 import moba_ext
 import traffic
@@ -229,6 +230,14 @@ def test_traffic_is_added_up_by_kernel():
 """
     found = traffic.gigabytes(report)
     assert found == {"merge_kernel": pytest.approx(1.502), "other": 2}
+
+
+@pytest.mark.parametrize(("row", "tera"), [("C", 2.57), ("G", 13.5), ("I", 207)])
+def test_operations_of_a_backward(row, tera):
+    """Against those that the rows were laid out with, by hand."""
+    assert flash_alone.products(flash_alone.pairs_of(common.ROWS[row])) == pytest.approx(
+        tera * 1e12, rel=0.01
+    )
 
 
 def test_every_kernel_has_a_stage():
