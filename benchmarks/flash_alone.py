@@ -1,4 +1,4 @@
-"""What FlashAttention's backward alone needs for a row: the least that the flash backend can.
+"""What FlashAttention's backward alone needs for a row: less the flash backend can't take.
 
     python benchmarks/flash_alone.py [--rows G,I] [--seconds 2]
 
