@@ -11,6 +11,7 @@ start, and again after half of the seconds, when the card has met its limit of p
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import time
@@ -59,7 +60,7 @@ def timed(call: Callable, seconds: float) -> tuple[float, float, str]:
     torch.cuda.synchronize()
     time.sleep(1)  # cools down
     times, query, begin = [], None, time.perf_counter()
-    while (at := time.perf_counter() - begin) < seconds:
+    while (at := time.perf_counter() - begin) < seconds or query is None:
         if query is None and at > seconds / 2:
             half = len(times)
             query = subprocess.Popen(
@@ -82,6 +83,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=positive, default=2, help="of every mode (2)")
     options = parser.parse_args()
     require_gpu(parser, "flash")
+    if shutil.which("nvidia-smi") is None:
+        parser.error("nvidia-smi is not in PATH: it comes with the driver")
     lines = []
     for name in options.rows:
         call, pairs = segments_of(ROWS[name])

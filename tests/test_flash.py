@@ -101,7 +101,7 @@ def test_layouts(layout):
     check(CASES[0], True, layout)
 
 
-@pytest.mark.parametrize("workspace", [1, 200_000, 800_000])
+@pytest.mark.parametrize("workspace", [1, 200_000, 800_000, 1_500_000])
 @pytest.mark.parametrize("case", CASES)
 def test_groups_of_heads_and_queries(case, workspace, monkeypatch):
     monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
@@ -162,6 +162,19 @@ def test_plan(monkeypatch):
         assert nothing.groups == 0 and nothing.attended_pairs == 0
 
 
+def check_own_heads(call: groups.Call, plan: groups.Plan, bound: float) -> None:
+    """In the fewest calls that stay in the workspace and FlashAttention's offsets."""
+    group, parts = call.heads_q // call.heads_k, call.tokens_k // call.block_size + 2 * call.batch
+
+    def fits(heads: int) -> bool:
+        most = varlen.most_heads(call.tokens_q, parts, call.head_dim)
+        return heads * group <= most and flash._own_bytes(call, call.block_size, heads) <= bound
+
+    assert plan.own_heads == 1 or fits(plan.own_heads)
+    calls = -(-call.heads_k // plan.own_heads)
+    assert calls == 1 or not fits(-(-call.heads_k // (calls - 1)))
+
+
 @pytest.mark.parametrize("backend", [flash, sm90])
 @pytest.mark.parametrize("workspace", [None, 2**28, 2**32])
 def test_groups_stay_in_the_workspace(workspace, backend, monkeypatch):
@@ -196,8 +209,23 @@ def test_groups_stay_in_the_workspace(workspace, backend, monkeypatch):
                 if plan.at_once * held > bound:
                     assert plan.heads_per_group == 1 and entries < 2 * groups.ROW_TILE * lists
                 if backward and not hopper:
-                    own = flash._own_bytes(groups.Call(*call), block_size, plan.own_heads)
-                    assert plan.own_heads == 1 or own <= bound
+                    check_own_heads(groups.Call(*call), plan, bound)
+
+
+def test_own_blocks_go_by_some_of_the_heads(monkeypatch):
+    """Where not all fit, be it into the workspace, as in test_groups_of_heads_and_queries, or into
+    FlashAttention's offsets."""
+
+    def plan(workspace, *sizes):
+        monkeypatch.setattr(flash, "WORKSPACE_BYTES", workspace)
+        made = flash.make_plan(*sizes, backward=True)
+        check_own_heads(groups.Call(*sizes), made, workspace)
+        return made
+
+    some = plan(1_500_000, 1, 300, 300, 300, 4, 4, 16, 16, 4)
+    assert some.own_heads == 2 and some.heads_per_group == 1
+    long = 1, 2**19, 2**19, 2**19, 16, 16, 128, 128, 8
+    assert varlen.most_heads(2**19, 2**12 + 2, 128) == 15 and plan(2**40, *long).own_heads == 8
 
 
 def test_when_rows_are_merged_along(monkeypatch):
